@@ -1,0 +1,330 @@
+"""The 4D vision transformer of M3Ret (paper Sec. 3.1): one encoder for 2D images, videos and volumes.
+
+In:  x (B, C, H, W, S), C in {1, 3}, intensities normalised to [-1, 1]. Out: tokens (B, [1+]N, D), and embeddings by `pool`.
+Nothing below asks what modality it sees: an image is a sample with S = 1, a video one whose S is time, a volume one whose S is depth.
+
+Letters, here and in every other file:
+  B batch, C channels, H W S height, width, slices or frames of a sample; ph pw ps the same of a patch, P = ph*pw*ps*3 values;
+  h w s patch grid, N = h*w*s tokens; D token width, d projected width; V views; K neighbours; m samples in a coding rate.
+"""
+import math
+import zipfile
+from pickle import UnpicklingError
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from prepare import UserError, atomic_write
+
+ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12)}  # width, depth, heads (Sec. 4.4)
+PATCH_SIZE = (16, 16, 4)  # Sec. 3.1; the channel part, 3, is fixed
+FRAMES = 16  # of a video, Sec. 3.1
+REFERENCE_GRID = 16  # cells per axis that positions are measured in: 256 / 16 in plane and 64 / 4 over slices
+RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) recompute activations in the backward pass
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+def unit(x):
+    """Cached samples, uint8 or float16 (..., any shape) -> float32 in [0, 1]."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+
+
+def normalize(x):
+    """[0, 1] -> [-1, 1]. CHOICE: one constant for all modalities, so that unseen ones (MRI) need no statistics."""
+    return (x - 0.5) / 0.5
+
+
+def denormalize(x):
+    """The inverse of `normalize`, clipped to [0, 1]."""
+    return (x * 0.5 + 0.5).clamp(0, 1)
+
+
+def is_video(x):
+    """True if S is time: the cache keeps videos in colour (C = 3) and volumes in grey (C = 1)."""
+    return x.shape[1] == 3 and x.shape[-1] > 1
+
+
+def take_frames(x, n=FRAMES, generator=None):
+    """Videos (B, 3, H, W, S > n) -> (B, 3, H, W, n); every other sample as it is.
+
+    With a generator: n random frames for each sample (Algorithm 2), sorted in time. Without: n evenly spaced ones.
+    """
+    if not is_video(x) or x.shape[-1] <= n:
+        return x
+    if generator is None:
+        return x[..., torch.linspace(0, x.shape[-1] - 1, n).round().long()]  # (B, 3, H, W, n)
+    frames = torch.randint(x.shape[-1], (len(x), n), generator=generator).sort(dim=1).values  # (B, n), as Algorithm 2 draws
+    index = frames.to(x.device)[:, None, None, None].expand(*x.shape[:-1], n)  # (B, 3, H, W, n)
+    return x.gather(-1, index)
+
+
+def expand(x, ps=PATCH_SIZE[-1]):
+    """(B, C, H, W, S) -> (B, 3, H, W, S or ps): grey becomes three channels and an image ps slices (Sec. 3.1), as views."""
+    return x.expand(-1, 3, -1, -1, ps if x.shape[-1] == 1 else -1)
+
+
+# ----------------------------------------------------------------------------------------------------------- tokens
+def patchify(x, patch=PATCH_SIZE):
+    """(B, 3, H, W, S) -> (B, N, P): N in (h, w, s) order, each patch flattened in (ph, pw, ps, c) order (Sec. 3.1).
+
+    patch: (ph, pw, ps), or (3, ph, pw, ps) as the paper writes it.
+    """
+    ph, pw, ps = patch[-3:]
+    B, C, H, W, S = x.shape
+    assert H % ph == W % pw == S % ps == 0, f"{tuple(x.shape)} is not a whole number of {ph}x{pw}x{ps} patches"
+    x = x.reshape(B, C, H // ph, ph, W // pw, pw, S // ps, ps)  # (B, C, h, ph, w, pw, s, ps)
+    x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, h, w, s, ph, pw, ps, C)
+    return x.flatten(4).flatten(1, 3)  # (B, N, P)
+
+
+def unpatchify(patches, patch, grid):
+    """(B, N, P) -> (B, 3, H, W, S), the inverse of `patchify`; grid = (h, w, s)."""
+    ph, pw, ps = patch[-3:]
+    h, w, s = grid
+    assert patches.shape[1] == h * w * s, f"{tuple(patches.shape)} does not fill a grid of {h}x{w}x{s}"
+    x = patches.reshape(len(patches), h, w, s, ph, pw, ps, -1)  # (B, h, w, s, ph, pw, ps, C)
+    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, h, ph, w, pw, s, ps)
+    return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, C, H, W, S)
+
+
+def sincos_positions(grid, dim, device=None):
+    """Fixed sin-cos positions of a grid (h, w, s) -> (N, dim) float32: a third of dim per axis, zeros in the remainder.
+
+    CHOICE: coordinates are cell centres on a ruler of REFERENCE_GRID cells, (i + 1/2) * 16 / n. So any crop, size or depth
+    has positions without stored tables, positions are relative to the view (as DINO resizes its table to the crop), and a
+    2D image (n = 1) sits at the middle of the slice axis.
+    """
+    k = dim // 6  # frequencies per axis, each with a sine and a cosine
+    omega = 10000 ** (-torch.arange(k, dtype=torch.float32, device=device) / k)  # (k,), "Attention is all you need" Sec. 3.5
+    axes = []
+    for axis, n in enumerate(grid):
+        centre = (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (REFERENCE_GRID / n)  # (n,)
+        angle = torch.outer(centre, omega)  # (n, k)
+        shape = [n if a == axis else 1 for a in range(3)] + [2 * k]
+        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1).view(shape).expand(*grid, -1))  # (h, w, s, 2k)
+    return F.pad(torch.cat(axes, dim=-1), (0, dim - 6 * k)).flatten(0, 2)  # (N, dim)
+
+
+# ------------------------------------------------------------------------------------------------------ transformer
+class Attention(nn.Module):
+    """Multi-head self-attention (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)  # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron with GELU, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; drop_path is the chance that a sample skips a branch (stochastic depth, training only)."""
+
+    def __init__(self, dim, heads, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+        self.drop_path = drop_path
+
+    def skip(self, x):
+        """Drop whole samples of a branch (B, N, D) and scale the others, so that the expectation is unchanged."""
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path  # (B, 1, 1)
+        return x * keep / (1 - self.drop_path)
+
+    def forward(self, x):
+        x = x + self.skip(self.attn(self.norm1(x)))
+        return x + self.skip(self.mlp(self.norm2(x)))
+
+
+def init_weights(module):
+    """CHOICE: truncated normal, std 0.02, zero bias (ViT and DINO); the paper does not say."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of flattened patches, (B, N, P) -> (B, N, D); a Conv3d with kernel = stride in matrix form."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Linear(3 * math.prod(patch_size), dim)
+
+    def forward(self, patches):
+        return self.proj(patches)
+
+
+class ViT(nn.Module):
+    """The encoder (Sec. 3.1, 3.4): (B, C, H, W, S) normalised to [-1, 1] -> tokens (B, [1+]N, D), the CLS token first.
+
+    Parameter names are those of timm, DINO and MAE. Positions are computed, not stored, so one file serves every size.
+    """
+
+    def __init__(self, arch="vit_b", patch_size=PATCH_SIZE, cls_token=False, drop_path=0.0):
+        super().__init__()
+        self.config = {"arch": arch, "patch_size": list(patch_size), "cls_token": cls_token}
+        self.patch_size = tuple(patch_size)
+        self.dim, depth, heads = ARCHS[arch]
+        self.patch_embed = PatchEmbed(self.patch_size, self.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim)) if cls_token else None
+        self.blocks = nn.ModuleList(Block(self.dim, heads, drop_path * i / (depth - 1)) for i in range(depth))  # grows, as in DINO
+        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.apply(init_weights)
+        if cls_token:
+            nn.init.normal_(self.cls_token, std=0.02)
+
+    def grid(self, size):
+        """Patch grid (h, w, s) of samples of a size (H, W, S)."""
+        return tuple(max(1, n // p) for n, p in zip(size, self.patch_size))
+
+    def tokens(self, x):
+        """(B, C, H, W, S) -> (B, N, D): patches, projected, with their positions."""
+        patches = patchify(expand(x, self.patch_size[-1]), self.patch_size)  # (B, N, P)
+        return self.patch_embed(patches) + sincos_positions(self.grid(x.shape[2:]), self.dim, x.device)  # (B, N, D)
+
+    def encode(self, tokens):
+        """(B, N, D), all tokens or any subset of them -> (B, [1+]N, D)."""
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)  # (B, 1+N, D)
+        recompute = self.training and torch.is_grad_enabled() and tokens.shape[1] > RECOMPUTE_ABOVE
+        for block in self.blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)  # (B, [1+]N, D)
+        return self.norm(tokens)
+
+    def forward(self, x):
+        return self.encode(self.tokens(x))  # (B, [1+]N, D)
+
+
+def block_flops(blocks, n):
+    """Forward floating point operations of transformer blocks on n tokens: 12 D^2 weights a token, and attention."""
+    dim = blocks[0].norm1.weight.numel()
+    return len(blocks) * (24 * n * dim**2 + 4 * n**2 * dim)
+
+
+def pool(tokens, how, cls_token=True):
+    """Tokens (B, [1+]N, D) -> embeddings (B, D) or, for mix, (B, 2D), in float32 (Sec. 3.2, 3.3, Fig. 3b).
+
+    how: avg (mean of the patch tokens), cls, or mix = [CLS, avg]. cls_token: whether the first token is a CLS token.
+    """
+    avg = tokens[:, int(cls_token):].float().mean(dim=1)  # (B, D)
+    if how == "avg":
+        return avg
+    if how not in ("cls", "mix"):
+        raise UserError(f"unknown pooling {how!r}: choose avg, cls or mix")
+    if not cls_token:
+        raise UserError(f"pooling {how!r} needs a CLS token, which this encoder (MAE) has not: use --pool avg")
+    cls = tokens[:, 0].float()  # (B, D)
+    return cls if how == "cls" else torch.cat([cls, avg], dim=1)  # (B, D) or (B, 2D)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+def save_checkpoint(path, encoder, **state):
+    """Write {config, encoder, **state} atomically; tensors and plain types only, so that weights_only loading works."""
+    with atomic_write(path) as file:
+        torch.save({"config": encoder.config, "encoder": encoder.state_dict(), **state}, file)
+
+
+def read_checkpoint(path):
+    """File -> dict on the CPU. UserError if it is missing, damaged (each part's CRC is checked) or not a checkpoint."""
+    advice = "give a checkpoint.pt written by train.py"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise UserError(f"{path} is damaged (a checksum differs): use an earlier checkpoint of the run")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {advice}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {advice}") from None
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as error:  # torch raises the last four
+        raise UserError(f"{path} is not a PyTorch file or is cut short ({type(error).__name__}): {advice}") from None
+    except UnpicklingError:
+        raise UserError(f"{path} holds more than tensors and plain values and was not loaded: {advice}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no dictionary: {advice}")
+    return state
+
+
+def load_encoder(path, device="cpu"):
+    """Checkpoint file -> the ViT that embeds, in eval mode. Its architecture comes from the file; weights must fit exactly."""
+    state = read_checkpoint(path)
+    if not {"config", "encoder"} <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of this program: give a checkpoint.pt written by train.py")
+    encoder = ViT(**state["config"])
+    load_exactly(encoder, state["encoder"], path)
+    return encoder.to(device).eval()
+
+
+def load_exactly(module, weights, path):
+    """Load weights into a module; UserError that lists the keys and shapes that differ, if any do."""
+    own = module.state_dict()
+    differ = [k for k in own.keys() | weights.keys()
+              if k not in own or k not in weights or own[k].shape != weights[k].shape]
+    if differ:
+        raise UserError(f"{path} does not fit this network: {len(differ)} entries differ, such as {sorted(differ)[:3]}")
+    module.load_state_dict(weights)
+
+
+def init_from_2d(encoder, path):
+    """Start from a public 2D ViT of the timm / DINO / MAE family, or from a checkpoint of ours (`train.py --init`).
+
+    The 2D patch kernel (D, 3, ph, pw) is inflated over the slices and divided by their number, so that an image replicated
+    over S gives the 2D network's patch tokens. CHOICE: learned positions and heads are left out, positions here are fixed;
+    a missing CLS token keeps its random start. Everything else must be there and fit.
+    """
+    state = read_checkpoint(path)
+    for key in ("encoder", "teacher", "model", "state_dict"):  # where DINO, MAE and others nest their weights
+        state = state.get(key, state) if isinstance(state.get(key), dict) else state
+    state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
+    own = encoder.state_dict()
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.dim() == 4:
+        ps = encoder.patch_size[-1]
+        kernel = kernel.permute(0, 2, 3, 1)[:, :, :, None]  # (D, ph, pw, 1, 3)
+        state["patch_embed.proj.weight"] = (kernel / ps).expand(-1, -1, -1, ps, -1).flatten(1)  # (D, P)
+    if any(".ls1." in k or "attn.q_norm" in k for k in state):
+        raise UserError(f"{path} has layer scale or query norms, which this plain ViT has not: --init takes ViTs of the "
+                        "timm, DINO (v1) or MAE kind")
+    if encoder.cls_token is not None and "cls_token" not in state:
+        state["cls_token"] = own["cls_token"]
+    load_exactly(encoder, {k: v for k, v in state.items() if k in own}, path)
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+def save_montage(path, rows, gap=4):
+    """Draw rows of samples, each (C, H, W) in [0, 1], as one PNG; tiles of a column share its widest width."""
+    height = [max(t.shape[1] for t in row) for row in rows]
+    width = [max(row[j].shape[2] for row in rows if j < len(row)) for j in range(max(map(len, rows)))]
+    canvas = torch.full((3, sum(height) + gap * (len(rows) - 1), sum(width) + gap * (len(width) - 1)), 0.25)  # (3, y, x)
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            y, x = sum(height[:i]) + gap * i, sum(width[:j]) + gap * j
+            canvas[:, y:y + tile.shape[1], x:x + tile.shape[2]] = tile
+    pixels = (canvas.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (y, x, 3)
+    with atomic_write(path) as file:
+        Image.fromarray(pixels.numpy()).save(file, format="PNG")

@@ -1,0 +1,263 @@
+"""Tokens, positions, the transformer and its files, against loops, closed forms and an independent 2D ViT."""
+import math
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model
+from model import (ViT, expand, init_from_2d, load_encoder, patchify, pool, save_checkpoint, sincos_positions, take_frames,
+                   unit, unpatchify)
+from prepare import UserError
+
+PATCHES = [(8, 8, 4), (16, 16, 4), (32, 32, 4)]  # Sec. 4.4
+SHAPES = [(2, 1, 64, 96, 1), (2, 3, 64, 32, 16), (2, 1, 32, 64, 8)]  # image, video, volume, none of them square
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_patchify_is_the_loop_it_stands_for(patch):
+    ph, pw, ps = patch
+    x = torch.arange(3 * 64 * 96 * 8.0).view(1, 3, 64, 96, 8)
+    patches, n = patchify(x, patch), 0
+    for i in range(64 // ph):
+        for j in range(96 // pw):
+            for k in range(8 // ps):
+                block = x[0, :, i * ph:(i + 1) * ph, j * pw:(j + 1) * pw, k * ps:(k + 1) * ps]  # (3, ph, pw, ps)
+                assert patches[0, n].tolist() == [block[c, a, b, s].item() for a in range(ph) for b in range(pw)
+                                                  for s in range(ps) for c in range(3)]
+                n += 1
+    assert patches.shape == (1, n, ph * pw * ps * 3)
+    assert torch.equal(unpatchify(patches, patch, (64 // ph, 96 // pw, 2)), x)
+    assert torch.equal(patchify(x, (3, *patch)), patches)  # the paper's way to write a patch
+
+
+def test_patchify_refuses_what_is_not_whole_patches():
+    with pytest.raises(AssertionError, match="60"):
+        patchify(torch.zeros(1, 3, 60, 64, 4))
+
+
+def test_expand_is_a_view():
+    x = torch.rand(2, 1, 16, 16, 1)
+    y = expand(x)
+    assert y.shape == (2, 3, 16, 16, 4) and y.data_ptr() == x.data_ptr()
+    assert torch.equal(y, x.repeat(1, 3, 1, 1, 4))
+
+
+@pytest.mark.parametrize("dim", [192, 384, 768, 512, 100])
+def test_positions_are_the_formula(dim):
+    grid, k = (3, 5, 2), dim // 6
+    table, n = sincos_positions(grid, dim).double().numpy(), 0
+    for cell in np.ndindex(grid):
+        row = []
+        for i, size in zip(cell, grid):
+            angles = [(i + 0.5) * 16 / size / 10000 ** (f / k) for f in range(k)]
+            row += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        np.testing.assert_allclose(table[n], row + [0] * (dim - 6 * k), atol=2e-6)
+        n += 1
+    assert len(table) == n
+
+
+def test_positions_know_where_things_are():
+    image, volume = sincos_positions((4, 4, 1), 192), sincos_positions((4, 4, 2), 192)
+    assert len(torch.unique(image, dim=0)) == 16
+    # an image lies between the two halves of a volume that has the same plane: the middle of the slice axis
+    middle = torch.cat([torch.sin(8 / 10000 ** (torch.arange(32) / 32)), torch.cos(8 / 10000 ** (torch.arange(32) / 32))])
+    torch.testing.assert_close(image[0, 128:], middle)
+    assert torch.equal(volume.view(4, 4, 2, 192)[..., :128][:, :, 0], image.view(4, 4, 192)[..., :128])
+    # a coarse cell's centre is where the border of two fine cells is, whatever the grid
+    fine, coarse = sincos_positions((8, 1, 1), 192)[:, :1], sincos_positions((4, 1, 1), 192)[:, :1]  # lowest sine, omega = 1
+    torch.testing.assert_close(coarse[1], torch.sin((torch.tensor([2 + 0.5, 3 + 0.5]) * 2).mean())[None])
+    assert not torch.equal(fine[1], coarse[1])
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_path_for_image_video_volume(patch, shape):
+    vit = ViT("vit_t", patch, cls_token=True).eval()
+    x = torch.rand(shape)
+    tokens = vit(x)
+    assert tokens.shape == (2, 1 + math.prod(vit.grid(shape[2:])), 192)
+    repeats = (1, 3 // shape[1], 1, 1, 4 if shape[-1] == 1 else 1)
+    torch.testing.assert_close(vit(x.repeat(repeats)), tokens)  # what expand() saves copying
+
+
+@pytest.mark.parametrize("arch, dim, depth, heads, millions", [("vit_t", 192, 12, 3, 5.9), ("vit_s", 384, 12, 6, 22.5),
+                                                               ("vit_b", 768, 12, 12, 87.4)])
+def test_architectures(arch, dim, depth, heads, millions):
+    with torch.device("meta"):
+        vit = ViT(arch)
+    assert (vit.dim, len(vit.blocks), vit.blocks[0].attn.heads) == (dim, depth, heads)
+    by_hand = depth * (12 * dim**2 + 13 * dim) + 2 * dim + 3072 * dim + dim  # 2D ViTs of this family plus 4x larger patches
+    assert sum(p.numel() for p in vit.parameters()) == by_hand
+    assert abs(by_hand / 1e6 - millions) < 0.1
+
+
+class Plain2DViT(nn.Module):
+    """An independent 2D ViT made of torch's own parts, with timm's parameter names in its state dict."""
+
+    def __init__(self, dim=192, depth=12, heads=3, patch=16):
+        super().__init__()
+        self.conv = nn.Conv2d(3, dim, patch, patch)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", 1e-6, True, True)
+                                    for _ in range(depth))
+        self.cls, self.norm = nn.Parameter(torch.randn(1, 1, dim)), nn.LayerNorm(dim, 1e-6)
+
+    def forward(self, image, positions):
+        tokens = self.conv(image).flatten(2).transpose(1, 2) + positions  # (B, N, D)
+        tokens = torch.cat([self.cls.expand(len(image), -1, -1), tokens], 1)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.norm(tokens)
+
+    def timm_state(self):
+        names = {"self_attn.in_proj_weight": "attn.qkv.weight", "self_attn.in_proj_bias": "attn.qkv.bias",
+                 "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2."}
+        state = {"cls_token": self.cls, "pos_embed": torch.randn(1, 197, 192), "head.weight": torch.randn(10, 192)}
+        for key, value in self.state_dict().items():
+            key = key.replace("conv.", "patch_embed.proj.").replace("layers.", "blocks.")
+            for old, new in names.items():
+                key = key.replace(old, new)
+            state[key] = value
+        state.pop("cls")
+        return {k: v.detach().clone() for k, v in state.items()}
+
+
+@pytest.mark.parametrize("nest", [lambda s: s, lambda s: {"model": s}, lambda s: {"teacher": {f"module.backbone.{k}": v
+                                                                                            for k, v in s.items()}}])
+def test_inflated_2d_network_gives_its_tokens(tmp_path, nest):
+    torch.manual_seed(0)
+    plain = Plain2DViT().eval()
+    torch.save(nest(plain.timm_state()), tmp_path / "plain.pth")
+    vit = ViT("vit_t", cls_token=True).eval()
+    init_from_2d(vit, tmp_path / "plain.pth")
+    image = torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        expected = plain(image, sincos_positions((4, 3, 1), 192))
+        torch.testing.assert_close(vit(image[..., None]), expected, rtol=1e-4, atol=1e-4)  # replicated over S = 4
+
+
+def test_init_takes_our_own_mae_for_simdino_and_names_what_does_not_fit(tmp_path):
+    mae, simdino = ViT("vit_t"), ViT("vit_t", cls_token=True)
+    save_checkpoint(tmp_path / "mae.pt", mae)
+    init_from_2d(simdino, tmp_path / "mae.pt")
+    assert torch.equal(simdino.blocks[3].mlp.fc1.weight, mae.blocks[3].mlp.fc1.weight)
+    with pytest.raises(UserError, match="do.* not fit"):
+        init_from_2d(ViT("vit_s"), tmp_path / "mae.pt")
+    torch.save({**mae.state_dict(), "blocks.0.ls1.gamma": torch.ones(192)}, tmp_path / "dinov2.pth")
+    with pytest.raises(UserError, match="layer scale"):
+        init_from_2d(simdino, tmp_path / "dinov2.pth")
+
+
+def test_pool_by_hand():
+    tokens = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 8.0]]])
+    assert pool(tokens, "cls").tolist() == [[1, 2]]
+    assert pool(tokens, "avg").tolist() == [[4, 6]]
+    assert pool(tokens, "mix").tolist() == [[1, 2, 4, 6]]
+    assert pool(tokens, "avg", cls_token=False).tolist() == [[3, pytest.approx(14 / 3)]]
+    assert pool(tokens.bfloat16(), "mix").dtype == torch.float32
+    for how, cls in (("mix", False), ("max", True)):
+        with pytest.raises(UserError):
+            pool(tokens, how, cls)
+
+
+def test_take_frames():
+    video = torch.arange(40.0).expand(2, 3, 4, 4, 40)
+    even = take_frames(video)
+    assert even.shape == (2, 3, 4, 4, 16) and even[0, 0, 0, 0, 0] == 0 and even[0, 0, 0, 0, -1] == 39
+    drawn = take_frames(video, generator=torch.Generator().manual_seed(0))
+    assert (drawn.diff(dim=-1) >= 0).all() and not torch.equal(drawn[0], drawn[1])  # in time order, each video its own
+    volume = torch.rand(2, 1, 4, 4, 40)
+    assert take_frames(volume) is volume
+
+
+def test_unit_of_both_cached_types():
+    assert unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
+    assert unit(torch.tensor([0.5], dtype=torch.float16)).dtype == torch.float32
+
+
+def test_stochastic_depth_keeps_the_expectation():
+    block = model.Block(8, 1, drop_path=0.5).train()
+    torch.manual_seed(0)
+    ones = block.skip(torch.ones(4000, 1, 1)).flatten()
+    assert set(ones.tolist()) == {0.0, 2.0} and abs(ones.mean().item() - 1) < 0.1
+    assert torch.equal(block.eval().skip(ones), ones)
+    rates = [b.drop_path for b in ViT("vit_t", drop_path=0.1).blocks]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.1) and rates == sorted(rates)
+
+
+def test_recomputed_activations_give_the_same_gradients(monkeypatch):
+    grads = []
+    for limit in (4096, 0):
+        monkeypatch.setattr(model, "RECOMPUTE_ABOVE", limit)
+        torch.manual_seed(0)
+        vit = ViT("vit_t", drop_path=0.5).train()
+        vit(torch.ones(2, 1, 32, 32, 1)).square().sum().backward()
+        grads.append(vit.blocks[0].attn.qkv.weight.grad)
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
+def test_attention_does_not_care_for_token_order():
+    vit = ViT("vit_t").eval()
+    tokens = vit.tokens(torch.rand(1, 1, 64, 64, 1))
+    order = torch.randperm(tokens.shape[1])
+    torch.testing.assert_close(vit.encode(tokens[:, order]), vit.encode(tokens)[:, order], rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoint_brings_its_own_architecture(tmp_path):
+    vit = ViT("vit_t", (8, 8, 4), cls_token=True).eval()
+    save_checkpoint(tmp_path / "c.pt", vit, step=7)
+    loaded = load_encoder(tmp_path / "c.pt")
+    x = torch.rand(1, 1, 32, 32, 8)
+    assert loaded.config == vit.config and torch.equal(loaded(x), vit(x)) and not loaded.training
+    assert [f.name for f in tmp_path.iterdir()] == ["c.pt"]
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_what_is_no_checkpoint_gets_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = tmp_path / "good.pt"
+    save_checkpoint(good, ViT("vit_t"))
+    data = good.read_bytes()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    bad = {"missing.pt": None, "empty.pt": b"", "text.pt": b"hello", "cut.pt": data[:len(data) // 2], "flipped.pt": bytes(flipped)}
+    for name, content in bad.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    torch.save({"config": {}, "other": 1}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(Harmful(), tmp_path / "harmful.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Harmful()))
+    (tmp_path / "folder.pt").mkdir()
+    for name in [*bad, "other.pt", "list.pt", "harmful.pt", "pickle.pt", "folder.pt"]:
+        with pytest.raises(UserError, match=name) as error:
+            load_encoder(tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_weights_must_fit_exactly(tmp_path):
+    vit = ViT("vit_t")
+    state = vit.state_dict()
+    del state["norm.weight"]
+    torch.save({"config": vit.config, "encoder": state}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="norm.weight"):
+        load_encoder(tmp_path / "c.pt")
+
+
+def test_gelu_and_layer_norm_are_the_vit_ones():
+    vit = ViT("vit_t")
+    assert vit.norm.eps == vit.blocks[0].norm1.eps == 1e-6 and vit.blocks[0].attn.qkv.bias is not None
+    x = torch.randn(1, 1, 192)
+    mlp = vit.blocks[0].mlp
+    hidden = F.linear(x, mlp.fc1.weight, mlp.fc1.bias)
+    exact = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    torch.testing.assert_close(mlp(x), F.linear(exact, mlp.fc2.weight, mlp.fc2.bias))
