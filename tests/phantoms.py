@@ -5,7 +5,7 @@ In: a folder, a size n, a seed. Out: n training and .6 n test patients per modal
   xray        attenuation projection         12-bit DICOM, one third MONOCHROME1
   mri         T1, T2 or PD contrast          .nii.gz, never trained on
   ultrasound  speckled sector with shadows   .png, grey
-  endoscopy   24-32 frames through a tube    .avi, RGB
+  endoscopy   24-30 frames through a tube    .avi, RGB
 and labels.csv (path,labels,patient,split,modality) with `part:<body part>` and, for two in three, `lesion:<kind>`.
 A body is a list of implicit shapes; a modality is a column of TISSUES and a way to look at the shapes.
 Run: python -m tests.phantoms FOLDER
@@ -432,10 +432,11 @@ FINDINGS = {"polyp": (.85, .28, .28), "ulcer": (.95, .9, .65), "bleeding": (.45,
 
 def tube(organ, rng):
     """radius(angle, depth) of the organ's lumen."""
-    shift, folds, deep, pace = rng.uniform(0, 6.28), rng.integers(4, 8), rng.uniform(.7, 1.3), rng.uniform(.8, 1.2)
+    shift, folds, deep, pace = rng.uniform(0, 6.28), int(rng.integers(4, 8)), rng.uniform(.7, 1.3), rng.uniform(.8, 1.2)
 
     def colon(phi, z):                # half-moon folds in three rows between wide pockets
-        return 1.1 - .42 * deep * np.exp(-((z * pace % 1.3 - .65) / .16) ** 2) * (.7 + .3 * np.cos(3 * phi + shift + z))
+        pocket = z * pace / 1.3 - np.floor(z * pace / 1.3) - .5
+        return 1.1 - .42 * deep * np.exp(-(8 * pocket) ** 2) * (.7 + .3 * np.cos(3 * phi + shift + z))
 
     def stomach(phi, z):              # a wide cave with rugae winding along it
         return 1.75 + .3 * np.sin(.8 * z + shift) - .2 * deep * np.abs(np.sin(folds * phi + 1.5 * np.sin(2 * z)))
@@ -449,18 +450,26 @@ def tube(organ, rng):
     return {"colon": colon, "stomach": stomach, "bronchus": bronchus, "oesophagus": oesophagus}[organ]
 
 
+def angle(y, x):
+    """arctan2 to .004 radians, five times as fast."""
+    a = np.minimum(np.abs(x), np.abs(y)) / (np.maximum(np.abs(x), np.abs(y)) + np.float32(1e-9))
+    a = a * (np.float32(np.pi / 4 + .273) - np.float32(.273) * a)
+    a = np.where(np.abs(y) > np.abs(x), np.float32(np.pi / 2) - a, a)
+    return np.copysign(np.where(x < 0, np.float32(np.pi) - a, a), y)
+
+
 def march(lumen, x, y, bend, lens, roll, start):
     """Where the rays (x, y, 1) from the lens at depth `start` leave the lumen: distance, angle, depth, each (H, W)."""
     planes = np.geomspace(.25, 9, 20, dtype=np.float32)[:, None, None]                            # (20, 1, 1)
-    px, py = (u * planes - np.float32(b) * planes ** 2 + np.float32(c) for u, b, c in zip((x, y), bend, lens))
-    gap = np.hypot(px, py) - lumen(np.arctan2(py, px) + np.float32(roll), np.float32(start) + planes)   # (20, H, W)
+    px, py = (u * planes - b * planes ** 2 + c for u, b, c in zip((x, y), bend, lens))
+    gap = np.sqrt(px * px + py * py) - lumen(angle(py, px) + roll, start + planes)                # (20, H, W)
     gap[-1] = np.abs(gap[-1])                                                                     # the end of the world
     hit = np.argmax(gap > 0, 0).clip(1)
     before, after = (np.take_along_axis(gap, hit[None] - k, 0)[0] for k in (1, 0))
     share, planes = np.clip(before / (before - after), 0, 1), planes.ravel()
     far = planes[hit - 1] * (1 - share) + planes[hit] * share
     px, py = (u * far - b * far ** 2 + c for u, b, c in zip((x, y), bend, lens))
-    return far, np.arctan2(py, px) + roll, start + far
+    return far, angle(py, px) + roll, start + far
 
 
 def shade(x, y, far, colour, relief, lamp, wet):
@@ -474,32 +483,34 @@ def shade(x, y, far, colour, relief, lamp, wet):
 
 def endoscopy(organ, rng):
     """Frames (T, 160, 160, 3) uint8, None, finding: in or out through a bent, veined tube."""
-    count, kind = rng.integers(24, 33), rng.choice([*FINDINGS, None])
+    count, kind = rng.integers(24, 31), rng.choice([*FINDINGS, None])
     wall, spot, reach = tube(organ, rng), (rng.uniform(-np.pi, np.pi), rng.uniform(2, 3.5)), rng.uniform(.25, .45)
     y, x = np.mgrid[-1:1:80j, -1:1:80j].astype(np.float32)
-    wide, travel, roll = rng.uniform(1., 1.5), rng.choice([-1, 1]) * rng.uniform(.8, 2), rng.uniform(-1, 1, 2)
-    bend, sway, swing = rng.normal(0, .04, 2), rng.normal(0, .12, (2, 2)), rng.uniform(0, 6.28, 2)
-    flesh = np.array([.8, .42, .34]) * rng.uniform(.8, 1.1) * rng.uniform(.85, 1.15, 3)
-    waves = np.round(rng.normal(0, 3, 8)), rng.normal(0, 5, 8), rng.uniform(0, 6.28, 8)           # whole round a ring
+    wide, travel, roll = rng.uniform(1., 1.5), rng.uniform(.8, 2), rng.uniform(-1, 1, 2).tolist()
+    bend, sway, swing = np.float32(rng.normal(0, .04, 2)), rng.normal(0, .12, (2, 2)), rng.uniform(0, 6.28, 2)
+    flesh = np.float32([.8, .42, .34] * rng.uniform(.85, 1.15, 3) * rng.uniform(.8, 1.1))
+    waves = np.float32([np.round(rng.normal(0, 3, 8)), rng.normal(0, 5, 8), rng.uniform(0, 6.28, 8)])   # (3, 8)
     veins, lamp, wet = rng.uniform(.05, .3), rng.uniform(.2, .6), rng.uniform(.2, .8)
 
     def rim(phi, z):                                                                              # 1 at a finding's rim
-        return np.hypot(1.1 * ((phi - spot[0] + np.pi) % (2 * np.pi) - np.pi), z - spot[1]) / reach
+        return np.sqrt((2.2 * np.sin((phi - spot[0]) / 2)) ** 2 + (z - spot[1]) ** 2) / reach
 
     def lumen(phi, z):
-        return wall(phi, z) - (np.float32(reach) * np.exp(-1.5 * rim(phi, z) ** 2) if kind == "polyp" else 0)
+        return wall(phi, z) - (reach * np.exp(-1.5 * rim(phi, z) ** 2) if kind == "polyp" else 0)
 
-    frames = []
-    for t in np.linspace(0, 1, count):
-        start, lens = travel * (t if travel > 0 else t - 1), (sway * np.sin(2 * np.pi * t + swing)).sum(1)
-        far, phi, z = march(lumen, x * wide, y * wide, bend, lens, roll[0] + roll[1] * t, start)
+    frames, way = [], np.linspace(0, 1, count).tolist()
+    for t in way if rng.random() < .5 else way[::-1]:
+        lens = np.float32((sway * np.sin(2 * np.pi * t + swing)).sum(1))
+        far, phi, z = march(lumen, x * wide, y * wide, bend, lens, roll[0] + roll[1] * t, travel * t)
         relief = sum(np.sin(a * phi + b * z + c) for a, b, c in zip(*waves)) / 4                  # veins where it is 0
-        colour = flesh * (1 - veins * np.exp(-(relief / .12) ** 2) + .08 * relief)[..., None] ** [.6, 1.3, 1.3]
+        colour = (1 - veins * np.exp(-(relief / .12) ** 2) + .08 * relief)[..., None]
+        colour = flesh * colour ** np.float32([.6, 1.3, 1.3])                                     # veins are red
         if kind is not None:
             ring = rim(phi, z)[..., None]
-            colour = colour + .85 * np.exp(-ring ** 4) * (np.array(FINDINGS[kind]) - colour)
-            colour = colour - (kind == "ulcer") * .25 * np.exp(-((ring - 1.1) / .25) ** 2) * (0, 1, 1)
-        frame = shade(x * wide, y * wide, far, colour, relief, lamp, wet) + rng.normal(0, .012, (80, 80, 1))
+            colour = colour + .85 * np.exp(-ring ** 4) * (np.float32(FINDINGS[kind]) - colour)
+            colour = colour - .25 * float(kind == "ulcer") * np.exp(-((ring - 1.1) / .25) ** 2) * np.float32([0, 1, 1])
+        frame = shade(x * wide, y * wide, far, colour, relief, lamp, wet)
+        frame += np.float32(rng.normal(0, .012, (80, 80, 1)))
         frame = np.uint8(255 * np.clip(frame, 0, 1) ** .8 * (np.hypot(x, y) < 1.15)[..., None])
         frames.append(np.asarray(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC)))
     return np.stack(frames), None, kind
@@ -577,7 +588,7 @@ def write_sample(folder, modality, number, split, seed):
     elif modality == "endoscopy":
         path = path.with_suffix(".avi")
         iio.imwrite(path, image, plugin="pyav", codec="mjpeg", fps=25, out_pixel_format="yuvj420p")
-    elif modality == "ct" and number // len(parts) % 2:
+    elif modality == "ct" and number % 2:
         write_series(path, image, voxel, patient, rng)
     else:
         write_nifti(path := path.with_suffix(".nii.gz"), image, voxel, rng)

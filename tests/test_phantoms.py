@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.phantoms import (ECHO_PARTS, MODALITIES, ORGANS, PARTS, TISSUES, ball, bones, both, ct, endoscopy, head,
-                            lattice, layer, mri, paint, rod, ultrasound, write_demo, write_nifti, write_series, xray)
+                            lattice, layer, mri, paint, rod, ultrasound, write_demo, write_nifti, write_sample,
+                            write_series, xray)
 
 HU = {tissue: row[0] for tissue, row in TISSUES.items()}
 
@@ -24,7 +25,7 @@ def grid(extent=40, count=41):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    write_demo(folder, n=7, seed=3)
+    write_demo(folder, n=4, seed=3)
     with open(folder / "labels.csv", newline="") as file:
         return folder, list(csv.DictReader(file))
 
@@ -109,7 +110,7 @@ def test_mri_contrasts_differ():
 @pytest.mark.parametrize("organ", ORGANS)
 def test_an_endoscopy_moves_through_a_coloured_tube(organ):
     frames, _, _ = endoscopy(organ, np.random.default_rng(1))
-    assert frames.shape[1:] == (160, 160, 3) and 24 <= len(frames) <= 32 and frames.dtype == np.uint8
+    assert frames.shape[1:] == (160, 160, 3) and 24 <= len(frames) <= 30 and frames.dtype == np.uint8
     assert np.abs(np.diff(frames.astype(float), axis=0)).mean() > 1        # something happens
     assert frames[..., 0].mean() > frames[..., 2].mean() > 10              # flesh, not grey
 
@@ -154,7 +155,7 @@ def test_every_row_is_a_readable_file_of_its_modality(demo):
 def test_splits_labels_and_patients(demo):
     _, rows = demo
     count = Counter((r["modality"], r["split"]) for r in rows)
-    assert count == {(m, s): k for m in MODALITIES for s, k in (("test", 5), ("train", 7)) if (m, s) != ("mri", "train")}
+    assert count == {(m, s): k for m in MODALITIES for s, k in (("test", 3), ("train", 4)) if m != "mri" or k == 3}
     assert len({r["patient"] for r in rows}) == len({r["path"] for r in rows}) == len(rows)  # nobody is in both splits
     names = {m: {r["labels"].split("|")[0] for r in rows if r["modality"] == m} for m in MODALITIES}
     assert names["ct"] == names["xray"] == {f"part:{part.__name__}" for part in PARTS}        # so they can be compared
@@ -167,8 +168,8 @@ def test_splits_labels_and_patients(demo):
 def test_the_same_seed_gives_the_same_bytes(demo, tmp_path):
     """Patients do not depend on how many others there are, nor on which process made them."""
     folder, _ = demo
-    write_demo(tmp_path, n=2, seed=3)
+    write_demo(tmp_path, n=1, seed=3)
     paths = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file() and p.name != "labels.csv"]
-    assert len(paths) >= 18 and all((tmp_path / p).read_bytes() == (folder / p).read_bytes() for p in paths)
-    write_demo(tmp_path / "other", n=1, seed=4)
+    assert len(paths) >= 9 and all((tmp_path / p).read_bytes() == (folder / p).read_bytes() for p in paths)
+    write_sample(tmp_path / "other", "xray", 0, "test", 4)
     assert (tmp_path / "other/xray/0000.dcm").read_bytes() != (folder / "xray/0000.dcm").read_bytes()
