@@ -1,0 +1,308 @@
+"""The schedule as a pure function, and the run folder: exact resume, signals, kills, damage, one rank and two."""
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import write_cache
+import train
+from prepare import UserError
+from train import Schedule, cosine, learning_rate, plan_epoch, seed_of, select_rows
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--arch", "vit_t", "--epochs", "2", "--batch-size", "4", "--batch-size-3d", "2", "--local-views", "2", "--workers", "0"]
+
+
+# --------------------------------------------------------------------------------------------------------- schedule
+def rows_of(**counts):
+    """Rows as read_samples gives them: a ct is a volume, endoscopy a video, everything else an image."""
+    shapes = {"ct": (1, 32, 32, 8), "endoscopy": (3, 32, 32, 16)}
+    return [{"id": f"{seed_of(i, len(m)):016x}", "modality": m, "shape": shapes.get(m, (1, 32, 32, 1)), "split": "", "folder": ""}
+            for m, n in counts.items() for i in range(n)]
+
+
+def flags(**changes):
+    return Namespace(**(dict(batch_size=4, batch_size_3d=2, epochs=3, seed=0) | changes))
+
+
+def test_every_sample_once_per_epoch_in_whole_batches():
+    sizes, batches = [103, 40, 17], [8, 4, 2]
+    plan = plan_epoch(sizes, batches, seed=1, epoch=5)
+    assert len(plan) == 12 + 10 + 8
+    for group, (n, batch) in enumerate(zip(sizes, batches)):
+        taken = [numbers for g, numbers in plan if g == group]
+        assert all(len(numbers) == batch for numbers in taken)
+        assert len(set(np.concatenate(taken))) == n // batch * batch <= n  # no repeats, only the rest is dropped
+
+
+def test_modalities_are_spread_evenly():
+    """At any moment of the epoch each modality is within one batch of its share of the steps, give or take rounding."""
+    sizes, batches = [320, 80, 33, 16], [4, 4, 4, 4]
+    for epoch in range(5):
+        groups = np.array([g for g, _ in plan_epoch(sizes, batches, 0, epoch)])
+        for group in range(4):
+            done, k = np.cumsum(groups == group), (groups == group).sum()
+            share = k * np.arange(1, len(groups) + 1) / len(groups)
+            assert np.abs(done - share).max() < 2, (epoch, group)
+        assert (np.diff(np.flatnonzero(groups == 3)) > 20).all()  # 4 batches among 112: never bunched
+
+
+def test_schedule_is_a_function_of_seed_and_epoch_only():
+    def order(seed, epoch):
+        return [(group, numbers.tolist()) for group, numbers in plan_epoch([50, 30], [5, 3], seed, epoch)]
+
+    assert order(3, 2) == order(3, 2)
+    for other in (order(3, 1), order(4, 2)):
+        assert [n for g, n in other if g == 0] != [n for g, n in order(3, 2) if g == 0]
+
+
+def test_ranks_share_each_step_and_resume_in_the_middle():
+    rows = rows_of(xray=40, ct=9, endoscopy=16)
+    ranks = [Schedule(rows, flags(), rank, 2) for rank in range(2)]
+    a, b = (list(schedule.shares(0, schedule.total)) for schedule in ranks)
+    assert ranks[0].per_epoch == 40 // 8 + 9 // 4 + 16 // 8 and len(a) == len(b) == 3 * ranks[0].per_epoch
+    for step, (x, y) in enumerate(zip(a, b)):
+        modality, numbers = ranks[0].batch(step)
+        assert (modality, numbers) == ranks[1].batch(step)  # known to both without talking
+        assert x + y == numbers and not set(x) & set(y)
+        assert {(rows[i]["modality"], rows[i]["shape"]) for i in numbers} == {(modality, rows[numbers[0]]["shape"])}
+        assert len(x) == (2 if modality == "ct" else 4)  # Sec. 3.4: another batch size for volumes
+    assert list(ranks[0].shares(7, 20)) == a[7:20]
+    one = Schedule(rows, flags(batch_size=8, batch_size_3d=4), 0, 1)
+    assert [sorted(x) for x in one.shares(0, 9)] == [sorted(x + y) for x, y in zip(a, b)][:9]  # same global batches
+
+
+def test_two_shapes_of_a_modality_never_share_a_batch():
+    rows = rows_of(ct=8)
+    for row in rows[:4]:
+        row["shape"] = (1, 32, 32, 1)
+    schedule = Schedule(rows, flags())
+    for step in range(schedule.per_epoch):
+        assert len({rows[i]["shape"] for i in schedule.batch(step)[1]}) == 1
+
+
+def test_learning_rate_and_weight_decay_by_hand():
+    total, warmup, peak = 300, 10, 1e-3
+    assert learning_rate(0, total, warmup, peak) == pytest.approx(1e-4)
+    assert learning_rate(9, total, warmup, peak) == learning_rate(10, total, warmup, peak) == peak
+    assert learning_rate(155, total, warmup, peak) == pytest.approx(peak / 2)
+    assert 0 < learning_rate(299, total, warmup, peak) < 1e-7
+    assert cosine(0.04, 0.4, 0) == pytest.approx(0.04) and cosine(0.04, 0.4, 0.5) == pytest.approx(0.22)
+    assert cosine(0.04, 0.4, 1) == pytest.approx(0.4)
+    paper = Schedule(rows_of(xray=64), flags(epochs=300, batch_size=32))
+    assert (paper.total, paper.warmup) == (600, 20)  # 10 epochs of warm-up
+    assert Schedule(rows_of(xray=64), flags(epochs=5, batch_size=32)).warmup == 1  # never more than a tenth of the run
+
+
+def test_data_fractions_are_nested_and_test_split_and_mri_stay_out(tmp_path):
+    write_cache(tmp_path / "a", {"xray": (1, 8, 8, 1), "mri": (1, 8, 8, 4)}, per_shape=50)
+    write_cache(tmp_path / "b", {"ct": (1, 8, 8, 4)}, per_shape=30, seed=2)
+    write_cache(tmp_path / "t", {"xray": (1, 8, 8, 1)}, split="test", seed=1)
+    folders, names = [tmp_path / x for x in "abt"], ["xray", "ct"]
+    chosen = {f: {row["id"] for row in select_rows(folders, names, f)} for f in (0.2, 0.6, 1.0)}
+    assert [len(c) for c in chosen.values()] == [10 + 6, 30 + 18, 50 + 30]
+    assert chosen[0.2] < chosen[0.6] < chosen[1.0]
+    assert len(select_rows(folders, ["mri"], 1.0)) == 50
+    with pytest.raises(UserError, match="ultrasound"):
+        select_rows(folders, ["ultrasound"], 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+def command(cache, out, *more, ssl="mae", ranks=1):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launch, ROOT / "train.py", "--ssl", ssl, "--data", cache, "--out", out, *TINY, *more]
+
+
+def run(*args, ranks=1, check=True, **options):
+    """Train to the end: several ranks under torchrun, one in this process (quicker; the last lines of train.py by hand)."""
+    if ranks > 1:
+        done = subprocess.run(command(*args, ranks=ranks, **options), capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    else:
+        done = Namespace(returncode=0)
+        with (contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output,
+              mock.patch.object(sys, "argv", [str(x) for x in command(*args, **options)[1:]])):
+            try:
+                train.main()
+            except UserError as error:
+                done.returncode = 1
+                print(f"train.py: {error}", file=sys.stderr)
+            except SystemExit as leave:
+                done.returncode = leave.code
+        done.stderr, done.stdout = errors.getvalue(), output.getvalue()
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def state_of(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_run(a, b):
+    """Equal checkpoints, bit for bit, and equal logs but for the times in them."""
+    flat = {name: torch.utils._pytree.tree_flatten_with_path({k: state_of(out)[k] for k in ("model", "optimizer", "step")})[0]
+            for name, out in (("a", a), ("b", b))}
+    assert len(flat["a"]) == len(flat["b"]) > 100
+    for (path, x), (_, y) in zip(flat["a"], flat["b"]):
+        assert torch.equal(x, y) if torch.is_tensor(x) else x == y, path
+    timing = {"samples_per_s", "tokens_per_s", "data_wait", "peak_memory_gb"}
+    assert [{k: v for k, v in x.items() if k not in timing} for x in log_of(a)] == \
+           [{k: v for k, v in x.items() if k not in timing} for x in log_of(b)]
+
+
+@pytest.mark.parametrize("ssl", ["mae", "simdino"])
+def test_four_steps_are_two_plus_two(mixed_cache, tmp_path, ssl):
+    run(mixed_cache, tmp_path / "once", "--max-steps", "4", ssl=ssl)
+    for steps in ("2", "4"):
+        run(mixed_cache, tmp_path / "twice", "--max-steps", steps, ssl=ssl)
+    assert_same_run(tmp_path / "once", tmp_path / "twice")
+    log = log_of(tmp_path / "once")
+    assert [x["step"] for x in log] == [1, 2, 3, 4] and len({x["modality"] for x in log}) == 3
+    assert all(np.isfinite(x["loss"]) and x["grad_norm"] > 0 for x in log)
+    keys = {"mae": {"mse"}, "simdino": {"alignment", "coding_rate", "rate_max", "effective_rank", "gamma"}}[ssl]
+    assert keys | {"lr", "samples_per_s", "tokens_per_s", "data_wait", "peak_memory_gb", "epoch"} <= log[0].keys()
+    assert not (tmp_path / "once" / "DONE").exists()
+
+
+def test_two_ranks(mixed_cache, tmp_path):
+    """Two processes resume bit for bit, log what one would, and may become one."""
+    run(mixed_cache, tmp_path / "once", "--max-steps", "2", ssl="simdino", ranks=2)
+    for steps in ("1", "2"):
+        run(mixed_cache, tmp_path / "twice", "--max-steps", steps, ssl="simdino", ranks=2)
+    assert_same_run(tmp_path / "once", tmp_path / "twice")
+    # one process with the joint batch: other random numbers, the same plan, and a coding rate over as many samples
+    run(mixed_cache, tmp_path / "one", "--max-steps", "2", "--batch-size", "8", "--batch-size-3d", "4", ssl="simdino")
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "once"), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[k] == b[k] for k in ("step", "modality", "rate_max", "gamma", "lr"))
+    done = run(mixed_cache, tmp_path / "twice", "--max-steps", "3", ssl="simdino")
+    assert "number of processes changed" in done.stderr and state_of(tmp_path / "twice")["step"] == 3
+
+
+def start_and_wait(cache, out, lines, *more, **options):
+    """Start a long run and return its process once the log has so many lines."""
+    process = subprocess.Popen(command(cache, out, "--epochs", "500", *more, **options), stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    deadline = time.time() + 120
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < lines:
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_and_leaves_with_zero(mixed_cache, tmp_path, number):
+    process = start_and_wait(mixed_cache, tmp_path / "run", 3)
+    process.send_signal(number)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert state_of(tmp_path / "run")["step"] == log_of(tmp_path / "run")[-1]["step"]
+
+
+def test_signal_to_one_rank_stops_both_at_the_same_step(mixed_cache, tmp_path):
+    out = tmp_path / "run"
+    process = start_and_wait(mixed_cache, out, 3, ranks=2)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert state_of(out)["step"] == log_of(out)[-1]["step"]
+
+
+def test_kill_9_loses_nothing(mixed_cache, tmp_path):
+    """Killed twice at arbitrary moments while saving after every step, the run ends as one never disturbed."""
+    out = tmp_path / "killed"
+    for lines in (2, 5):
+        process = start_and_wait(mixed_cache, out, lines, "--save-minutes", "0", "--max-steps", "7")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run(mixed_cache, out, "--epochs", "500", "--save-minutes", "0", "--max-steps", "7")
+    run(mixed_cache, tmp_path / "whole", "--epochs", "500", "--save-minutes", "0", "--max-steps", "7")
+    assert_same_run(out, tmp_path / "whole")
+    assert not list(out.glob("*.tmp")) and len(list(out.glob("checkpoint*.pt"))) == 3
+
+
+def test_damaged_checkpoint_falls_back_loudly(mixed_cache, tmp_path):
+    out = tmp_path / "run"
+    run(mixed_cache, out, "--save-minutes", "0", "--max-steps", "3")
+    data = (out / "checkpoint.pt").read_bytes()
+    (out / "checkpoint.pt").write_bytes(data[:len(data) // 2])
+    done = run(mixed_cache, out, "--max-steps", "3")
+    assert "checkpoint.pt" in done.stderr and state_of(out)["step"] == 3
+    assert [x["step"] for x in log_of(out)] == [1, 2, 3]
+    for file in out.glob("checkpoint*.pt"):
+        file.write_bytes(b"")
+    failed = run(mixed_cache, out, check=False)
+    assert failed.returncode == 1 and "move them away" in failed.stderr
+
+
+def test_whole_run_ends_with_done_and_kept_epochs(mixed_cache, tmp_path):
+    out = tmp_path / "run"
+    run(mixed_cache, out, "--keep-every", "1", "--modalities", "xray")
+    names = {path.name for path in out.iterdir()}
+    assert {"DONE", "checkpoint.pt", "epoch_0001.pt", "epoch_0002.pt", "log.jsonl"} <= names
+    assert [torch.load(out / f"epoch_000{i}.pt", weights_only=True)["step"] for i in (1, 2)] == [2, 4]
+    assert {x["modality"] for x in log_of(out)} == {"xray"}
+    again = run(mixed_cache, out, "--modalities", "xray")
+    assert "4 of 4 steps done" in again.stdout
+
+
+def test_non_finite_steps_are_skipped_then_stop_with_the_facts(mixed_cache, tmp_path):
+    for file in mixed_cache.glob("*.npy"):
+        np.save(file, np.full(np.load(file).shape, np.nan, np.float16))
+    out = tmp_path / "run"
+    failed = run(mixed_cache, out, "--epochs", "20", check=False)
+    assert failed.returncode == 1 and re.search(r"step 10: 10 non-finite .*mse.*samples [0-9a-f]{16}", failed.stderr)
+    assert "Traceback" not in failed.stderr and sum(x["skipped"] for x in log_of(out)) == 10
+
+
+def test_wrong_use_is_one_line(mixed_cache, tmp_path):
+    run(mixed_cache, tmp_path / "run", "--max-steps", "1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    cases = [([mixed_cache, tmp_path / "run", "--lr", "1e-2"], 1, "--lr 0.001"),
+             ([mixed_cache, tmp_path / "new", "--batch-size", "64"], 1, "lower --batch-size"),
+             ([mixed_cache, tmp_path / "new", "--batch-size-3d", "64"], 1, "lower --batch-size-3d"),
+             ([tmp_path / "missing", tmp_path / "new"], 1, "missing"),
+             ([tmp_path / "empty", tmp_path / "new"], 1, "empty"),
+             ([mixed_cache, tmp_path / "new", "--init", tmp_path / "text.pt"], 1, "text.pt"),
+             ([mixed_cache, tmp_path / "new", "--patch-size", "17"], 2, "patch-size"),
+             ([mixed_cache, tmp_path / "new", "--data-fraction", "1.5"], 2, "data-fraction")]
+    for args, code, words in cases:
+        failed = run(*args, check=False)
+        assert failed.returncode == code and words in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+        assert code == 2 or failed.stderr.strip().count("\n") == 0
+    truncated = next(mixed_cache.glob("*.npy"))
+    truncated.write_bytes(truncated.read_bytes()[:50])
+    failed = run(mixed_cache, tmp_path / "new", check=False)
+    assert failed.returncode == 1 and truncated.stem in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_every_flag_is_read_and_advised():
+    source = (ROOT / "train.py").read_text()
+    names = re.findall(r'flag\("--([a-z0-9-]+)"', source)
+    assert len(names) > 10
+    for name in names:
+        assert f"args.{name.replace('-', '_')}" in source, name
+    assert source.count("help=") == len(names)
+
+
+@pytest.mark.parametrize("patch, ssl, views", [("8", "mae", "2"), ("32", "simdino", "0")])
+def test_ablation_flags(mixed_cache, tmp_path, patch, ssl, views):
+    out = tmp_path / "run"
+    run(mixed_cache, out, "--max-steps", "1", "--patch-size", patch, "--local-views", views, "--seed", "1", ssl=ssl)
+    assert state_of(out)["config"]["patch_size"] == [int(patch), int(patch), 4]

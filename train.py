@@ -1,0 +1,395 @@
+"""Pretraining (paper Sec. 3.4): caches of several modalities -> runs/NAME/checkpoint.pt, by MAE or SimDINO.
+
+    python train.py --ssl simdino                                    # one process, CPU or GPU
+    torchrun --nproc_per_node=16 train.py --ssl mae                  # one process per GPU
+
+Every step takes one modality and one shape on all ranks, a batch (B, C, H, W, S) on each. All that a step does follows from
+(seed, step, rank) alone, so the same command run again continues from the newest checkpoint as if never stopped.
+Writes runs/NAME/: checkpoint.pt, the two before it, log.jsonl (a line a step), and DONE at the end.
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mae import MAE
+from model import (ARCHS, PATCH_SIZE, Block, ViT, init_from_2d, load_exactly, read_checkpoint, save_checkpoint, take_frames,
+                   unit)
+from prepare import MODALITIES, CachedDataset, UserError, atomic_write, read_samples
+from simdino import LOCAL_VIEWS_2D, SimDINO
+
+WARMUP_EPOCHS = 10  # Sec. 3.4, of 300 epochs
+WARMUP_SHARE = 0.1  # CHOICE: and at most a tenth of the run, so that short runs reach the peak rate too
+DROP_PATH = 0.1  # stochastic depth of the SimDINO student (official implementation)
+KEEP = 3  # checkpoints: the newest and two before it
+MAX_BAD_STEPS = 10  # non-finite steps in a row before the run stops
+PEAK_FLOPS = {"H20": 148e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
+FREE_FLAGS = {"data", "out", "init", "workers", "max_steps", "save_minutes", "keep_every"}  # may differ when a run is resumed
+
+
+# --------------------------------------------------------------------------------------------------------- schedule
+def seed_of(*numbers):
+    """One 64-bit seed from several small numbers, the same on every machine (NumPy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def plan_epoch(sizes, batches, seed, epoch):
+    """The steps of one epoch, [(group, sample numbers (batch,))], from (seed, epoch) alone.
+
+    sizes, batches: samples and global batch size of each group (a modality and shape). A group is shuffled and cut into k
+    whole batches; what is left over waits for another epoch. Batch i is due at (i + u) / k of the epoch, one random u per
+    group: every modality is spread evenly, and modalities alternate (Sec. 3.4).
+    """
+    steps = []
+    for group, (n, batch) in enumerate(zip(sizes, batches)):
+        rng = np.random.default_rng([seed, epoch, group])
+        order, u, k = rng.permutation(n), rng.random(), n // batch
+        steps += [((i + u) / k, group, order[i * batch:(i + 1) * batch]) for i in range(k)]
+    return [(group, numbers) for _, group, numbers in sorted(steps, key=lambda step: step[:2])]
+
+
+class Schedule:
+    """Which samples each step of a run takes: pure in the step, so that every rank knows every batch without talking."""
+
+    def __init__(self, rows, args, rank=0, world=1):
+        self.rows, self.rank, self.world, groups = rows, rank, world, {}
+        for number, row in enumerate(rows):
+            groups.setdefault((row["modality"], row["shape"]), []).append(number)
+        batches = []
+        for (modality, shape), members in groups.items():
+            volume = shape[0] == 1 and shape[3] > 1
+            batches.append(world * (args.batch_size_3d if volume else args.batch_size))  # Sec. 3.4: per GPU, 16 for CT, else 32
+            if len(members) < batches[-1]:
+                raise UserError(f"{len(members)} {modality} samples of shape {'x'.join(map(str, shape))} are fewer than one "
+                                f"global batch of {batches[-1]}: lower --batch-size{'-3d' * volume}, or leave them out with "
+                                "--modalities")
+        self.groups, sizes = list(groups.items()), [len(members) for members in groups.values()]
+        self.per_epoch = sum(n // batch for n, batch in zip(sizes, batches))
+        self.total = args.epochs * self.per_epoch
+        self.warmup = max(1, round(min(WARMUP_EPOCHS * self.per_epoch, WARMUP_SHARE * self.total)))
+        self.plan = functools.lru_cache(maxsize=2)(lambda epoch: plan_epoch(sizes, batches, args.seed, epoch))
+
+    def batch(self, step):
+        """Step -> (modality, row numbers of the global batch)."""
+        group, numbers = self.plan(step // self.per_epoch)[step % self.per_epoch]
+        (modality, _), members = self.groups[group]
+        return modality, [members[number] for number in numbers]
+
+    def shares(self, start, stop):
+        """This rank's row numbers for each step from start to stop (the batch sampler of its DataLoader)."""
+        for step in range(start, stop):
+            numbers = self.batch(step)[1]
+            share = len(numbers) // self.world
+            yield numbers[self.rank * share:(self.rank + 1) * share]
+
+
+def cosine(start, end, progress):
+    """Half a cosine, from start at progress 0 to end at progress 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rate(step, total, warmup, peak):
+    """Of step 0 .. total - 1: linear warm-up to the peak, then cosine towards zero (Sec. 3.4); in optimizer steps."""
+    return peak * (step + 1) / warmup if step < warmup else cosine(peak, 0, (step - warmup) / (total - warmup))
+
+
+def select_rows(folders, modalities, fraction):
+    """Rows of cache folders that pretraining may see: the named modalities, never the test split, a share of each.
+
+    Samples are ranked by id, a keyed hash, so the subsets of --data-fraction are random and nested (Sec. 4.4).
+    """
+    rows = sorted((row for folder in folders for row in read_samples(folder)), key=lambda row: (row["id"], row["folder"]))
+    chosen = []
+    for modality in modalities:
+        group = [row for row in rows if row["modality"] == modality and row["split"] != "test"]
+        chosen += group[:math.ceil(fraction * len(group))]
+    if not chosen:
+        raise UserError(f"{', '.join(map(str, folders))}: no {' or '.join(modalities)} samples outside the test split; prepare "
+                        "some, or name others with --data and --modalities")
+    return chosen
+
+
+# -------------------------------------------------------------------------------------------------------- run folder
+class Checkpoints:
+    """The checkpoints of a run folder: checkpoint.pt is the newest, checkpoint.1.pt and checkpoint.2.pt came before it.
+
+    about: plain values stored in each file, among them the flags that must not change when the run is resumed.
+    """
+
+    def __init__(self, out, args, about):
+        self.minutes, self.keep_every, self.about = args.save_minutes, args.keep_every, about
+        self.files = [out / "checkpoint.pt"] + [out / f"checkpoint.{i}.pt" for i in range(1, KEEP)]
+        self.saved, self.cost = time.monotonic(), 0.0
+
+    def newest(self):
+        """The newest readable file and its state, (None, None) for a fresh run; a damaged file is named and passed over."""
+        files = [file for file in self.files if file.exists()]
+        for file in files:
+            try:
+                return file, read_checkpoint(file)
+            except UserError as error:
+                print(f"train.py: {error}. Trying the one before", file=sys.stderr)
+        if files:
+            raise UserError(f"none of {', '.join(map(str, files))} can be read: move them away to start again")
+        return None, None
+
+    def resume(self, method, optimizer):
+        """Load the newest checkpoint, if there is one, into method and optimizer; returns the number of steps done."""
+        file, state = self.newest()
+        if file is None:
+            return 0
+        if not self.about.keys() <= state.keys():
+            raise UserError(f"{file} is not a checkpoint of train.py: choose another --out")
+        old, new = json.loads(state["flags"]), json.loads(self.about["flags"])
+        differ = [f"--{key.replace('_', '-')} {old.get(key)}" for key in new if old.get(key) != new[key]]
+        if differ:
+            raise UserError(f"{file} was made with {' '.join(differ)}: repeat the same flags, or choose another --out")
+        for key in ("world", "samples"):
+            if state[key] != self.about[key]:
+                print(f"train.py: {'number of processes' if key == 'world' else 'training data'} changed since {file}; the run "
+                      "continues, with other batches than it would have had", file=sys.stderr)
+        load_exactly(method, state["model"], file)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def due(self, epoch):
+        """Save now? epoch: number of epochs just completed, or None within one.
+
+        CHOICE: an epoch shorter than twenty times the cost of saving may end unsaved, lest tiny data sets only write files.
+        """
+        since = time.monotonic() - self.saved
+        return since > 60 * self.minutes or epoch is not None and (since > 20 * self.cost or self.keeps(epoch))
+
+    def keeps(self, epoch):
+        return epoch is not None and self.keep_every > 0 and epoch % self.keep_every == 0
+
+    def save(self, method, optimizer, step, epoch):
+        """Write checkpoint.pt; older ones move up by a second name and a rename, so that it is never missing."""
+        begin = time.monotonic()
+        for newer, older in reversed(list(zip(self.files, self.files[1:]))):
+            if newer.exists():
+                link = older.with_name(older.name + ".tmp")
+                link.unlink(missing_ok=True)
+                os.link(newer, link)
+                os.replace(link, older)
+        save_checkpoint(self.files[0], method.encoder, method=method.config, model=method.state_dict(),
+                        optimizer=optimizer.state_dict(), step=step, **self.about)
+        if self.keeps(epoch):
+            with atomic_write(self.files[0].with_name(f"epoch_{epoch:04d}.pt")) as copy, self.files[0].open("rb") as file:
+                shutil.copyfileobj(file, copy)
+        self.saved = time.monotonic()
+        self.cost = self.saved - begin
+
+
+class Log:
+    """log.jsonl, the progress bar and, where it is installed, TensorBoard."""
+
+    def __init__(self, out, start, stop):
+        path = out / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        with atomic_write(path) as file:  # steps after the checkpoint are done again; a torn last line goes too
+            file.write("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= start).encode())
+        self.file, self.bar = path.open("a"), tqdm(initial=start, total=stop, unit="step", smoothing=0.05)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(out)
+        except ImportError:
+            self.board = None
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.bar.update()
+        self.bar.set_postfix_str(f"{record['modality']} loss {record['loss']:.4f}", refresh=False)
+        for key in record.keys() - {"step", "epoch", "modality"} if self.board else ():
+            self.board.add_scalar(f"{key}/{record['modality']}", record[key], record["step"])
+
+
+def speed(method, x, world, seconds, waited):
+    """Of one step: samples/s and tokens/s of all ranks, share of time spent waiting for data, peak memory, and the model
+    FLOP utilisation where the GPU's peak is known."""
+    h, w, s = method.encoder.grid(x.shape[2:])
+    record = {"samples_per_s": world * len(x) / seconds, "tokens_per_s": world * len(x) * h * w * s / seconds,
+              "data_wait": waited / seconds}
+    if x.device.type == "cpu":
+        return record | {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    peak = [flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name().split()]
+    record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return record | ({"mfu": len(x) * method.flops(x) / seconds / peak[0]} if peak else {})
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+def make_optimizer(method):
+    """Fused AdamW in two groups: weight matrices decay; biases, norms and tokens do not (as both official codes)."""
+    decay, free = [], []
+    for name, p in method.named_parameters():
+        if p.requires_grad:
+            (free if p.ndim < 2 or name.endswith("_token") else decay).append(p)
+    return torch.optim.AdamW([{"params": decay}, {"params": free}], betas=method.BETAS, fused=True)
+
+
+def any_rank(*flags, device):
+    """Element-wise "or" of booleans over all ranks, in one small all-reduce."""
+    flags = torch.tensor(flags, dtype=torch.int32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def fit(args, method, optimizer, schedule, checkpoints, start, stop, device):
+    """Steps start .. stop - 1; one pass of the loop is one optimizer update."""
+    bf16 = device.type == "cuda" or torch.cpu.get_capabilities()["amx_bf16"]  # on other CPUs fp32 is faster
+    model = method if schedule.world == 1 else DistributedDataParallel(method, broadcast_buffers=False,
+                                                                       gradient_as_bucket_view=True)
+    trained = [p for p in method.parameters() if p.requires_grad]
+    loader = DataLoader(CachedDataset(schedule.rows), batch_sampler=schedule.shares(start, stop), num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
+    signals = []
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, lambda number, frame: signals.append(number))
+    log = Log(args.out, start, stop) if schedule.rank == 0 else None
+    bad_steps, clock = 0, time.perf_counter()
+
+    for step, batch in enumerate(loader, start):  # batch (B, C, H, W, S) as cached
+        waited = time.perf_counter() - clock
+        decay, free = optimizer.param_groups
+        decay["lr"] = free["lr"] = learning_rate(step, schedule.total, schedule.warmup, args.lr)
+        decay["weight_decay"] = cosine(*method.WEIGHT_DECAY, step / schedule.total)
+
+        seed = seed_of(args.seed, step, schedule.rank)
+        torch.manual_seed(seed)  # stochastic depth
+        generator = torch.Generator().manual_seed(seed)  # frames, and masks or views
+        x = take_frames(unit(batch.to(device, non_blocking=True)), generator=generator)  # (B, C, H, W, S) in [0, 1]
+        inputs = method.inputs(x, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss, parts = model(*inputs)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # DDP averages gradients over ranks here
+        norm = nn.utils.clip_grad_norm_(trained, method.CLIP_GRAD)
+        stopping, bad = any_rank(bool(signals), not math.isfinite(loss.item() + norm.item()), device=device)
+        if not bad:
+            optimizer.step()
+            method.after_step((step + 1) / schedule.total, schedule.total)
+        bad_steps = bad_steps + 1 if bad else 0
+
+        modality, numbers = schedule.batch(step)
+        parts = {key: float(value) for key, value in parts.items()}
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        if schedule.rank == 0:
+            log.write({"step": step + 1, "epoch": step // schedule.per_epoch, "modality": modality, "loss": loss.item(), **parts,
+                       "lr": decay["lr"], "grad_norm": norm.item(), "skipped": int(bad),
+                       **speed(method, x, schedule.world, seconds, waited)})
+        if bad_steps == MAX_BAD_STEPS:
+            raise UserError(f"step {step + 1}: {bad_steps} non-finite steps in a row, now {modality} with {parts}, samples "
+                            f"{' '.join(schedule.rows[i]['id'] for i in numbers)}; the last checkpoint is intact: look at "
+                            "these samples, or start again with a lower --lr")
+        epoch = (step + 1) // schedule.per_epoch if (step + 1) % schedule.per_epoch == 0 else None
+        if schedule.rank == 0 and not bad and (stopping or step + 1 == stop or checkpoints.due(epoch)):
+            checkpoints.save(method, optimizer, step + 1, epoch)
+        if stopping:
+            break
+    return step + 1
+
+
+def train(args, rank, world, device):
+    """A run from its newest checkpoint, or from the start, to its end, a signal or --max-steps."""
+    schedule = Schedule(select_rows(args.data, args.modalities, args.data_fraction), args, rank, world)
+    torch.manual_seed(seed_of(args.seed))
+    simdino = args.ssl == "simdino"
+    encoder = ViT(args.arch, (args.patch_size, args.patch_size, PATCH_SIZE[-1]), simdino, DROP_PATH if simdino else 0.0)
+    if args.init:
+        init_from_2d(encoder, args.init)
+    width = min(512, encoder.dim)  # CHOICE: MAE's decoder is 512 wide (official, for ViT-B and up) but not wider than the encoder
+    method = SimDINO(encoder, args.local_views) if simdino else MAE(encoder, decoder_dim=width, decoder_heads=width // 32)
+    method = method.to(device)
+    optimizer = make_optimizer(method)
+    if device.type == "cuda":  # blocks are compiled one by one and share a static graph for each of the few shapes
+        torch._dynamo.config.recompile_limit = 64
+        for block in (module for module in method.modules() if isinstance(module, Block)):
+            block.compile(dynamic=False)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    for stale in args.out.glob("*.tmp") if rank == 0 else ():  # of a process killed while writing
+        stale.unlink(missing_ok=True)
+    fixed = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
+    samples = sha256(" ".join(row["id"] for row in schedule.rows).encode()).hexdigest()
+    checkpoints = Checkpoints(args.out, args, {"ssl": args.ssl, "flags": json.dumps(fixed), "world": world, "samples": samples})
+    done, stop = checkpoints.resume(method, optimizer), min(schedule.total, args.max_steps or schedule.total)
+    if done < stop:
+        done = fit(args, method, optimizer, schedule, checkpoints, done, stop, device)
+    if rank == 0:
+        if done >= schedule.total:
+            (args.out / "DONE").touch()
+        print(f"{args.out}: {done} of {schedule.total} steps done")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Pretrain the M3Ret encoder; the same command again resumes the run.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--ssl", choices=["mae", "simdino"], default="simdino", help="method; simdino retrieves better, mae is cheaper")
+    flag("--data", nargs="+", type=Path, help="cache folders (default: all under cache/)")
+    flag("--out", type=Path, help="run folder (default: runs/SSL); name a new one for every experiment")
+    flag("--arch", choices=ARCHS, default="vit_b", help="vit_t or vit_s for small data or a CPU")
+    flag("--patch-size", type=int, choices=[8, 16, 32], default=16, help="in plane; 8 is finer and about 8 times slower")
+    flag("--epochs", type=int, default=300, help="length of the run and of its schedules")
+    flag("--batch-size", type=int, default=32, help="images or videos per process; lower it if memory runs out")
+    flag("--batch-size-3d", type=int, default=16, help="volumes per process")
+    flag("--lr", type=float, default=1e-3, help="peak learning rate; lower it if the loss turns NaN or the batch is small")
+    flag("--modalities", nargs="+", choices=MODALITIES, default=[m for m in MODALITIES if m != "mri"],
+         help="what to train on; mri is left out unless named, to stay unseen")
+    flag("--data-fraction", type=float, default=1.0, help="share of each modality, nested: 0.2 lies within 0.6")
+    flag("--local-views", type=int, default=LOCAL_VIEWS_2D, help="of a 2D sample (simdino); fewer are faster, see Fig. 3a")
+    flag("--init", help="start from a 2D ViT of the timm, DINO or MAE family, or from another run's checkpoint")
+    flag("--seed", type=int, default=0, help="of everything random; vary it to see the noise of a result")
+    flag("--workers", type=int, default=4, help="data loading processes; raise it if data_wait in the log is above 0.1")
+    flag("--max-steps", type=int, help="stop here for now; the schedules still span --epochs, so the run can go on later")
+    flag("--save-minutes", type=float, default=15, help="save at least this often, besides every epoch")
+    flag("--keep-every", type=int, default=0, help="also keep epoch_NNNN.pt every so many epochs, for studies; 0 keeps none")
+    args = parser.parse_args()
+    for name in ("epochs", "batch_size", "batch_size_3d"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 < args.data_fraction <= 1:
+        parser.error("--data-fraction must lie in (0, 1]")
+    args.out = args.out or Path("runs") / args.ssl
+    args.data = args.data or sorted(file.parent for file in Path("cache").glob("*/samples.csv")) or [Path("cache")]
+    return args
+
+
+def main():
+    args = parse_args()
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # set by torchrun
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    train(args, rank, world, device)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"train.py: {error}")
