@@ -386,9 +386,10 @@ def xray(part, rng):
 
 def aim(shapes, target, size, rng):
     """Put a probe on the skin: its place (3,), the unit vectors out of the body and across the picture, skin depth."""
-    side, tip = np.radians(rng.uniform(-70, 70)), np.radians(rng.uniform(-25, 25))
+    side, tip = np.radians(rng.uniform(-55, 55)), np.radians(rng.uniform(-20, 20))
     out = np.array([np.sin(side) * np.cos(tip), -np.cos(side) * np.cos(tip), np.sin(tip)])
-    across = np.cross(out, rng.normal(0, 1, 3))
+    level, tilt = np.cross(out, (0, 0, 1)), np.radians(rng.choice([0, 90]) + rng.uniform(-20, 20))
+    across = np.cos(tilt) * level + np.sin(tilt) * np.cross(out, level)                           # axial or sagittal
     steps = np.linspace(0, size, 128)
     ray = np.float32(target[:, None] + out[:, None] * steps).reshape(3, 128, 1, 1)
     solid = paint(shapes, ray, {tissue: float(tissue != "air") for tissue in TISSUES}, 2).ravel()
@@ -490,7 +491,7 @@ def endoscopy(organ, rng):
     bend, sway, swing = np.float32(rng.normal(0, .04, 2)), rng.normal(0, .12, (2, 2)), rng.uniform(0, 6.28, 2)
     flesh = np.float32([.8, .42, .34] * rng.uniform(.85, 1.15, 3) * rng.uniform(.8, 1.1))
     waves = np.float32([np.round(rng.normal(0, 3, 8)), rng.normal(0, 5, 8), rng.uniform(0, 6.28, 8)])   # (3, 8)
-    veins, lamp, wet = rng.uniform(.05, .3), rng.uniform(.2, .6), rng.uniform(.2, .8)
+    veins, lamp, wet, exposure = (rng.uniform(*span) for span in ((.05, .3), (.2, .6), (.2, .8), (.22, .4)))
 
     def rim(phi, z):                                                                              # 1 at a finding's rim
         return np.sqrt((2.2 * np.sin((phi - spot[0]) / 2)) ** 2 + (z - spot[1]) ** 2) / reach
@@ -510,6 +511,7 @@ def endoscopy(organ, rng):
             colour = colour + .85 * np.exp(-ring ** 4) * (np.float32(FINDINGS[kind]) - colour)
             colour = colour - .25 * float(kind == "ulcer") * np.exp(-((ring - 1.1) / .25) ** 2) * np.float32([0, 1, 1])
         frame = shade(x * wide, y * wide, far, colour, relief, lamp, wet)
+        frame *= exposure / frame.mean()                                                          # as the camera does
         frame += np.float32(rng.normal(0, .012, (80, 80, 1)))
         frame = np.uint8(255 * np.clip(frame, 0, 1) ** .8 * (np.hypot(x, y) < 1.15)[..., None])
         frames.append(np.asarray(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC)))
