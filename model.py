@@ -317,14 +317,16 @@ def init_from_2d(encoder, path):
 
 # --------------------------------------------------------------------------------------------------------- pictures
 def save_montage(path, rows, gap=4):
-    """Draw rows of samples, each (C, H, W) in [0, 1], as one PNG; tiles of a column share its widest width."""
-    height = [max(t.shape[1] for t in row) for row in rows]
-    width = [max(row[j].shape[2] for row in rows if j < len(row)) for j in range(max(map(len, rows)))]
-    canvas = torch.full((3, sum(height) + gap * (len(rows) - 1), sum(width) + gap * (len(width) - 1)), 0.25)  # (3, y, x)
-    for i, row in enumerate(rows):
-        for j, tile in enumerate(row):
-            y, x = sum(height[:i]) + gap * i, sum(width[:j]) + gap * j
+    """Write rows of tiles, each (C, H, W) in [0, 1], as one PNG, packed to the left on grey."""
+    height = sum(max(tile.shape[1] for tile in row) + gap for row in rows) - gap
+    width = max(sum(tile.shape[2] + gap for tile in row) for row in rows) - gap
+    canvas, y = torch.full((3, height, width), 0.25), 0
+    for row in rows:
+        x = 0
+        for tile in row:
             canvas[:, y:y + tile.shape[1], x:x + tile.shape[2]] = tile
-    pixels = (canvas.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (y, x, 3)
+            x += tile.shape[2] + gap
+        y += max(tile.shape[1] for tile in row) + gap
+    pixels = (canvas.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # (height, width, 3)
     with atomic_write(path) as file:
-        Image.fromarray(pixels.numpy()).save(file, format="PNG")
+        Image.fromarray(pixels).save(file, format="PNG")
