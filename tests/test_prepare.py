@@ -705,3 +705,193 @@ def test_exit_codes_and_one_line_on_stderr(tmp_path):
     done = run("folder", ".")
     assert done.returncode == 1 and done.stderr.startswith("prepare.py: nothing in") and done.stderr.count("\n") == 1
     assert run("folder", ".", "--shard", "3/2").returncode == 2
+
+
+# ---- the public data sets, in the layouts users have, dirt included -----------------------------------------------------
+def png(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((12, 16), value, np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("folder", ["images", "images_001/images"])
+def test_chestxray14_layouts(tmp_path, monkeypatch, capsys, folder):
+    """The header holds bare commas inside brackets and each line one comma too many; the lists end without a newline."""
+    data = tmp_path / "data"
+    for n in range(4):
+        png(data / folder / f"0000000{n}_000.png")
+    png(data / folder / "stray.png")
+    (data / "Data_Entry_2017_v2020.csv").write_text(
+        "\ufeffImage Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\r\n"
+        "00000000_000.png,Cardiomegaly|Emphysema,0,1,058Y,M,PA,2682,2749,0.143,0.143,\r\n"
+        "00000001_000.png,No Finding,0,1,58,M,PA,2682,2749,0.143,0.143,\r\n"
+        "00000002_000.png,Hernia,0,2,58,M,PA,2682,2749,0.143,0.143,\r\n"
+        "00000003_000.png,Pleural_Thickening,0,3,58,M,PA,2682,2749,0.143,0.143,\r\n"
+        "00000009_000.png,Mass,0,3,58,M,PA,2682,2749,0.143,0.143,\r\n")
+    (data / "train_val_list.txt").write_text("00000000_000.png\n00000001_000.png\n00000002_000.png")
+    (data / "test_list.txt").write_text("00000003_000.png\n00000009_000.png")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "chestxray14", data)
+    assert "found 1, paper 7,992" in capsys.readouterr().out
+    rows = [kept[f"{folder}/0000000{n}_000.png"] for n in range(4)]
+    assert [row["labels"] for row in rows] == [("Cardiomegaly", "Emphysema"), (), ("Hernia",), ("Pleural_Thickening",)]
+    assert [row["split"] for row in rows] == ["train"] * 3 + ["test"] and list(rejected) == [f"{folder}/stray.png"]
+    assert rows[0]["patient"] == rows[1]["patient"] != rows[2]["patient"]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real X-rays are not here")
+def test_real_xrays(tmp_path, monkeypatch):
+    (tmp_path / "data/images").mkdir(parents=True)
+    for path in sorted(REAL.glob("images/*"))[::25]:
+        (tmp_path / "data/images" / path.name).symlink_to(path)
+    for path in REAL.glob("*.*"):
+        (tmp_path / "data" / path.name).symlink_to(path)
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "chestxray14", tmp_path / "data")
+    assert len(kept) == 40 and not rejected
+    for path, row in kept.items():
+        x = load(row)[0, :, :, 0].astype(float)
+        full = np.asarray(Image.open(tmp_path / "data" / path), float)
+        assert abs(x.mean() - full.mean()) < 1 and x.std() > 20
+
+
+def test_fetal_planes(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    for n in range(3):
+        png(data / f"Images/Patient0000{n}_Plane1_1_of_15.png")
+    (data / "FETAL_PLANES_DB_data.csv").write_text(
+        "Image_name;Patient_num;Plane;Brain_plane;Operator;US_Machine;Train \n"
+        "Patient00000_Plane1_1_of_15;1;Other;Not A Brain;Op. 1;Aloka;1 \n"
+        "Patient00001_Plane1_1_of_15;2;Fetal brain;Trans-thalamic;Op. 1;Aloka;0 \n")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "fetal_planes", data)
+    assert "found 1, paper 8,188" in capsys.readouterr().out
+    rows = [kept[f"Images/Patient0000{n}_Plane1_1_of_15.png"] for n in range(2)]
+    assert [row["labels"] for row in rows] == [("Other",), ("Fetal brain",)] and [row["split"] for row in rows] == ["train", "test"]
+    assert rows[0]["modality"] == "ultrasound" and len(rejected) == 1
+
+
+def test_kvasir_capsule_clips(tmp_path, monkeypatch, capsys):
+    """Frame numbers are not padded; one frame is in two classes; one folder has the packed spelling."""
+    data = tmp_path / "data"
+    for n in [*range(90, 110), *range(200, 210)]:
+        png(data / f"labelled_images/Normal clean mucosa/bca26705313a4644_{n}.jpg", n)
+    for n in range(18):
+        png(data / f"labelled_images/blood_fresh/Blood - fresh/bca26705313a4644_{n}.jpg", n)
+    png(data / "labelled_images/Erosion/bca26705313a4644_90.jpg")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "kvasir_capsule", data)
+    assert "found 2, paper 344" in capsys.readouterr().out
+    clip = kept["labelled_images/Normal clean mucosa/bca26705313a4644_90.jpg"]
+    assert clip["labels"] == ("Normal clean mucosa",) and clip["split"] == "test" and clip["shape"] == (3, 256, 256, 16)
+    levels = load(clip)[0, 128, 128].astype(int)
+    assert (np.diff(levels) > 0).all() and levels[0] >= 88 and levels[-1] <= 111
+    assert len(rejected) == 11 and "in a run of 10 frames, a clip needs 16" in rejected.values()
+    kept, _ = prepare_main(monkeypatch, tmp_path, "kvasir_capsule", data, "--min-run", 8, "--max-gap", 100, name="y")
+    assert len(kept) == 2
+    shutil.rmtree(data / "labelled_images")
+    (data / "polyp.tar.gz").write_bytes(b"x")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "kvasir_capsule", str(data), "--out", str(tmp_path / "c")])
+    with pytest.raises(UserError, match="unpack"):
+        prepare.main()
+
+
+def test_hyper_kvasir(tmp_path, monkeypatch, capsys):
+    data, names = tmp_path / "data", ["8f9e4085", "aaaa", "bbbb", "cccc"]
+    for name, place in zip(names, ("lower-gi-tract/pathological-findings/anastomotic-leakage", "lower/x", "upper-gi-tract/y", "z")):
+        (data / place).mkdir(parents=True)
+        video(data / place / f"{name}.avi")
+    (data / "video-labels.csv").write_bytes(
+        b"Video file,Organ,Finding 1,Classification 1,Detailed description of finding,Finding 2,Classification 2\n"
+        b"8f9e4085,Lower GI,anastomosis,Pathological findings,,stent,Therapeutic interventions\n"
+        b'aaaa,Lower GI,"cancer, colorectal ",Pathological findings,\xa8,,\nbbbb,Upper GI,ERCP,Therapeutic interventions,,,\n')
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "hyper_kvasir", data)
+    assert "found 2, paper 364" in capsys.readouterr().out and list(rejected) == ["z/cccc.avi"]
+    assert [row["labels"] for row in kept.values()].count(()) == 1 and kept["lower/x/aaaa.avi"]["labels"] == ("cancer",)
+    assert len(set(prepare.HYPER_KVASIR.values())) == 13
+
+
+def chest_ct(data, fixed=True):
+    """CT-RATE's tree: two reconstructions, a second scan, a valid volume and a head CT; HU in an LPS array."""
+    hu, _ = phantom()
+    lps = hu[::-1, ::-1]  # array axes to the left, back and head
+    for name in ("train_1_a_1", "train_1_a_2", "train_1_b_1", "train_2_a_1", "valid_1_a_1"):
+        split, patient, scan, _ = name.split("_")
+        path = data / f"dataset/{split}{'_fixed' * fixed}/{split}_{patient}/{split}_{patient}_{scan}/{name}.nii.gz"
+        if fixed:
+            nifti(path, lps, np.diag([-2.0, -2.5, 3.0, 1.0]))
+        else:  # blank header, values before the rescale
+            header = nib.Nifti1Image(((lps + 8192) / 2).astype(np.float32), None)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress(header.to_bytes(), 1))
+    names = ["Lung nodule", "Hiatal hernia"]
+    (data / "dataset/labels").mkdir()
+    for part, rows in {"train": "train_1_a_1.nii.gz,1,0\ntrain_1_b_1.nii.gz,,1\n", "valid": "valid_1_a_1,1.0,1\n"}.items():
+        (data / f"dataset/labels/{part}_predicted_labels.csv").write_text(f"VolumeName,{','.join(names)}\n{rows}")
+    (data / "dataset/labels/no_chest_train.txt").write_text("train_2/train_2_a/train_2_a_1.nii.gz\n")
+    for part in ("train", "validation"):
+        (data / f"dataset/labels/{part}_metadata.csv").write_text(
+            "VolumeName,RescaleIntercept,RescaleSlope,XYSpacing,ZSpacing\n" + "".join(
+                f'{name}.nii.gz,-8192,2,"[2.0, 2.5]",3.0\n' for name in ("train_1_a_1", "valid_1_a_1")))
+    return hu
+
+
+def test_ct_rate_with_both_headers(tmp_path, monkeypatch, capsys):
+    for fixed in (True, False):
+        data = tmp_path / f"data{fixed}"
+        hu = chest_ct(data, fixed)
+        want = read_any(nifti(tmp_path / "a.nii.gz", hu, np.diag([2.0, 2.5, 3.0, 1.0])), "ct", size=48, slices=16)[1]
+        kept, rejected = prepare_main(monkeypatch, tmp_path, "ct_rate", data, "--size", 48, "--slices", 16, name=str(fixed))
+        kept = {os.path.basename(path): row for path, row in kept.items()}
+        assert set(kept) == {"train_1_a_1.nii.gz", "valid_1_a_1.nii.gz"} | ({"train_1_b_1.nii.gz"} if fixed else set())
+        assert np.abs(load(kept["train_1_a_1.nii.gz"]).astype(float) - want).max() < 2e-3, "HU and orientation"
+        assert kept["train_1_a_1.nii.gz"]["labels"] == ("finding:Lung nodule",)
+        assert kept["valid_1_a_1.nii.gz"]["labels"] == ("finding:Lung nodule", "finding:Hiatal hernia")
+        assert [kept[f"{part}_1_a_1.nii.gz"]["split"] for part in ("train", "valid")] == ["train", "test"]
+        reasons = {os.path.basename(path): reason for path, reason in rejected.items()}
+        assert "another reconstruction" in reasons["train_1_a_2.nii.gz"] and "no chest" in reasons["train_2_a_1.nii.gz"]
+        assert fixed or "metadata" in reasons["train_1_b_1.nii.gz"], "a blank header and no row: no spacing, no volume"
+        assert "found 1, paper 1,564" in capsys.readouterr().out
+
+
+def test_radgenome_labels_on_ct_rate_and_on_its_own_volumes(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    hu = chest_ct(data)
+    nifti(data / "dataset/valid_preprocessed/valid_7/valid_7a/valid_7_a_1.nii.gz", hu[::-1, ::-1].astype(np.float32), np.eye(4))
+    tables = tmp_path / "radgenome_files"
+    tables.mkdir()
+    for part, volume in (("train", "train_1_a_1.nii.gz"), ("validation", "valid_7_a_1.nii.gz")):
+        (tables / f"{part}_vqa_abnormality.csv").write_text(
+            f'Volumename,Anatomy,Abnormality\n{volume},lung/lung/right lung,"ground glass areas, wider than normal"\n'
+            f"{volume},lung/lung/left lung,no findings\n{volume},heart/heart,no findings\n")
+        (tables / f"{part}_vqa_size.csv").write_text(
+            "Volumename,Anatomy,Abnormality,Size\n" + "".join(f"{volume},abdomen/abdomen/liver,hypodense lesion,{size}\n" for size in (
+                "13 mm", "1 cm", "6x4 mm", "2.7x2.8 cm", "120x87mm", "2-3 mm", "170 in", "")))
+    shutil.copy(data / "dataset/labels/train_predicted_labels.csv", tables)
+    kept, _ = prepare_main(monkeypatch, tmp_path, "radgenome", data, "--labels", tables, "--size", 48, "--slices", 16)
+    kept = {os.path.basename(path): row for path, row in kept.items()}
+    sizes = tuple(f"size:abdomen:hypodense lesion:{mm}" for mm in ("13", "10", "6", "28", "120", "3"))
+    assert set(kept["train_1_a_1.nii.gz"]["labels"]) == {"finding:Lung nodule", "status:lung:abnormal", "status:heart:normal", *sizes}
+    assert set(kept["valid_7_a_1.nii.gz"]["labels"]) == {"status:lung:abnormal", "status:heart:normal", *sizes}
+    assert kept["valid_7_a_1.nii.gz"]["split"] == "test" and "found 4, paper 25,687" in capsys.readouterr().out
+    want = read_any(nifti(tmp_path / "a.nii.gz", hu, np.diag([1.0, 1.0, 3.0, 1.0])), "ct", size=48, slices=16)[1]
+    assert np.abs(load(kept["valid_7_a_1.nii.gz"]).astype(float) - want).max() < 2e-3, "LPS under an identity header"
+
+
+def test_folder_labels(tmp_path, monkeypatch):
+    hu, affine = phantom()
+    data = tmp_path / "data"
+    series(data / "p1/ct", hu, affine)
+    dicom(data / "p1/x.dcm", np.zeros((9, 9), np.uint8))
+    png(data / "p2/us.png")
+    (data / "labels.csv").write_text("path,labels,patient,split,modality\np1/ct,lesion|cyst,1,test,\np1/x.dcm,,1,train,\n"
+                                     "p2/us.png,kidney,2,,ultrasound\n")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, "--labels", data / "labels.csv")
+    assert kept["p1/ct"]["labels"] == ("lesion", "cyst") and kept["p1/ct"]["split"] == "test" and not rejected
+    assert kept["p1/ct"]["patient"] == kept["p1/x.dcm"]["patient"] != kept["p2/us.png"]["patient"]
+    assert kept["p1/x.dcm"]["labels"] == () and kept["p2/us.png"]["modality"] == "ultrasound"
+
+
+def test_demo_is_written_as_files_and_read_back(tmp_path, monkeypatch):
+    phantoms = pytest.importorskip("tests.phantoms")
+    write = phantoms.write_demo
+    monkeypatch.setattr(phantoms, "write_demo", lambda folder: write(folder, n=2))
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "demo", tmp_path / "demo", "--size", 64, "--slices", 16)
+    assert {row["modality"] for row in kept.values()} == set(prepare.MODALITIES) and set(rejected) <= {"labels.csv"}
+    assert all(row["labels"] and row["patient"] and row["split"] for row in kept.values())
