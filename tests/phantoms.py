@@ -5,7 +5,7 @@ In: a folder, a size n, a seed. Out: n training and .6 n test patients per modal
   xray        attenuation projection         12-bit DICOM, one third MONOCHROME1
   mri         T1, T2 or PD contrast          .nii.gz, never trained on
   ultrasound  speckled sector with shadows   .png, grey
-  endoscopy   24-30 frames through a tube    .avi, RGB
+  endoscopy   24-28 frames through a tube    .avi, RGB
 and labels.csv (path,labels,patient,split,modality) with `part:<body part>` and, for two in three, `lesion:<kind>`.
 A body is a list of implicit shapes; a modality is a column of TISSUES and a way to look at the shapes.
 Run: python -m tests.phantoms FOLDER
@@ -306,10 +306,9 @@ def lattice(shape, extent, rng, turn):
     """Points (3, *shape) mm on a box of `extent` mm around a patient who lies turned, off centre, near or far."""
     axes = [np.linspace(-.5, .5, k, dtype=np.float32) * np.float32(e) for k, e in zip(shape, extent)]
     points = np.stack(np.meshgrid(*axes, indexing="ij")) / np.float32(rng.uniform(.7, 1.3))
-    for axis, angle in enumerate(np.radians(turn, dtype=np.float32)):                             # x, then y, then z
-        one, two = points[axis - 2].copy(), points[axis - 1].copy()                               # the two other axes
-        points[axis - 2], points[axis - 1] = (np.cos(angle) * one - np.sin(angle) * two,
-                                              np.sin(angle) * one + np.cos(angle) * two)
+    for axis, (cos, sin) in enumerate(zip(np.cos(np.radians(turn)).tolist(), np.sin(np.radians(turn)).tolist())):
+        one, two = points[axis - 2].copy(), points[axis - 1].copy()                               # the plane of x, y, z
+        points[axis - 2], points[axis - 1] = cos * one - sin * two, sin * one + cos * two
     return points + np.float32(rng.uniform(-.1, .1, 3) * extent).reshape(3, 1, 1, 1)
 
 
@@ -484,9 +483,9 @@ def shade(x, y, far, colour, relief, lamp, wet):
 
 def endoscopy(organ, rng):
     """Frames (T, 160, 160, 3) uint8, None, finding: in or out through a bent, veined tube."""
-    count, kind = rng.integers(24, 31), rng.choice([*FINDINGS, None])
+    count, kind = rng.integers(24, 29), rng.choice([*FINDINGS, None])
     wall, spot, reach = tube(organ, rng), (rng.uniform(-np.pi, np.pi), rng.uniform(2, 3.5)), rng.uniform(.25, .45)
-    y, x = np.mgrid[-1:1:80j, -1:1:80j].astype(np.float32)
+    y, x = np.mgrid[-1:1:72j, -1:1:72j].astype(np.float32)
     wide, travel, roll = rng.uniform(1., 1.5), rng.uniform(.8, 2), rng.uniform(-1, 1, 2).tolist()
     bend, sway, swing = np.float32(rng.normal(0, .04, 2)), rng.normal(0, .12, (2, 2)), rng.uniform(0, 6.28, 2)
     flesh = np.float32([.8, .42, .34] * rng.uniform(.85, 1.15, 3) * rng.uniform(.8, 1.1))
@@ -512,7 +511,7 @@ def endoscopy(organ, rng):
             colour = colour - .25 * float(kind == "ulcer") * np.exp(-((ring - 1.1) / .25) ** 2) * np.float32([0, 1, 1])
         frame = shade(x * wide, y * wide, far, colour, relief, lamp, wet)
         frame *= exposure / frame.mean()                                                          # as the camera does
-        frame += np.float32(rng.normal(0, .012, (80, 80, 1)))
+        frame += np.float32(rng.normal(0, .012, (72, 72, 1)))
         frame = np.uint8(255 * np.clip(frame, 0, 1) ** .8 * (np.hypot(x, y) < 1.15)[..., None])
         frames.append(np.asarray(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC)))
     return np.stack(frames), None, kind
