@@ -128,11 +128,12 @@ def pad(x, size):
 
 
 def frames_to_array(frames, colour, size):
-    """Frames (h, w) or (h, w, 3) in [0, 1] -> (3 if colour else 1, size, size, number of frames)."""
+    """Frames (h, w[, 3]), float32 in [0, 1] or uint8 -> (3 if colour else 1, size, size, number of frames)."""
     planes = []
     for frame in frames:
+        frame = frame.astype(np.float32) / 255 if frame.dtype == np.uint8 else frame
         frame = frame @ LUMA if frame.ndim == 3 and not colour else frame  # (h, w) or (h, w, 3)
-        frame = np.ascontiguousarray(np.atleast_3d(frame).transpose(2, 0, 1), np.float32)  # (1 or 3, h, w)
+        frame = np.ascontiguousarray(np.atleast_3d(frame).transpose(2, 0, 1))  # (1 or 3, h, w)
         planes.append(pad(resize(torch.from_numpy(frame)[None], size), size))  # (1 or 3, size, size, 1)
     return torch.cat(planes, dim=3).expand(3 if colour else 1, -1, -1, -1)  # (C, size, size, S)
 
@@ -147,8 +148,12 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
     if np.isnan(axes).any():
         raise Refused("singular affine: the header gives no orientation")
     to_lps = nib.orientations.ornt_transform(axes, nib.orientations.axcodes2ornt("LPS"))
-    spacing = nib.affines.voxel_sizes(affine)[np.argsort(to_lps[:, 0])]  # mm along W, H, S
+    spacing = nib.affines.voxel_sizes(affine)[np.argsort(-to_lps[:, 0])]  # mm along S, H, W
     voxels = nib.apply_orientation(voxels, to_lps).T  # (S, H, W), a view
+    if 1 in voxels.shape:  # a single slice of any direction is an image, head up
+        thin = voxels.shape.index(1)
+        voxels = np.moveaxis(voxels, thin, 0) if thin == 0 else np.moveaxis(voxels, thin, 0)[:, ::-1]  # (1, rows, columns)
+        slices, spacing = 1, np.r_[spacing[thin], np.delete(spacing, thin)]
     low, high = HU_RANGE if modality == "ct" else (-np.inf, np.inf)
     weights = F.interpolate(torch.eye(len(voxels))[None, None], (slices, len(voxels)), mode="bilinear", antialias=True)
     planes, broken, lowest = [], False, np.inf
@@ -157,10 +162,10 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
         x = torch.from_numpy(np.ascontiguousarray(voxels[first:last + 1], np.float32))  # (few, H, W)
         x = x.mul_(slope).add_(intercept)  # HU for CT
         if voxels.dtype.kind == "f" and not (finite := x.isfinite()).all():
-            broken, x = True, x.where(finite, torch.tensor(max(low, -1000.0)))
+            broken, x = True, x.where(finite, torch.tensor(low if modality == "ct" else 0.0))
         x = torch.tensordot(row[first:last + 1], x.clamp_(low, high), dims=1)  # (H, W)
         lowest = min(lowest, x.min().item())
-        planes.append(resize(x[None, None], size, spacing[1::-1]))  # (1, 1, h, w)
+        planes.append(resize(x[None, None], size, spacing[1:]))  # (1, 1, h, w)
     if broken:
         warnings.warn("NaN or infinite voxels set to the background", Note)
     if modality == "ct" and lowest > -500:
@@ -187,7 +192,7 @@ def in_order(items, k, seed):
 
 # ---- images and videos ----------------------------------------------------------------------------------------------
 def image_frame(image):
-    """An open Pillow image -> (h, w) or (h, w, 3) float32 in [0, 1]."""
+    """An open Pillow image -> (h, w) or (h, w, 3), uint8, or float32 in [0, 1] if it is deeper."""
     if image.width * image.height > PIXEL_CAP:
         raise Refused(f"{image.width * image.height / 1e6:.0f} megapixels, the limit is {PIXEL_CAP / 1e6:.0f}")
     image = ImageOps.exif_transpose(image)
@@ -198,7 +203,7 @@ def image_frame(image):
         return x / top if low >= 0 and high <= top and (image.mode[0] == "I" or top == 1) else stretch(x)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"), np.float32) / 255
+    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
 def read_image(path, count=1, seed=0):
@@ -217,7 +222,7 @@ def read_image(path, count=1, seed=0):
 
 
 def read_video(source, count, seed):
-    """AVI, MP4, MOV ... (path or binary file) -> `count` frames (h, w, 3) in [0, 1], in one decoding pass."""
+    """AVI, MP4, MOV ... (path or binary file) -> `count` frames (h, w, 3) uint8, in one decoding pass."""
     tally = Counter()
 
     def decode(stream):
@@ -248,7 +253,7 @@ def read_video(source, count, seed):
             raise Refused(f"damaged: {tally['decoded']} of {declared} frames decoded, {tally['corrupt']} corrupt")
         if tally["decoded"] < declared or tally["corrupt"]:
             warnings.warn("video with missing or corrupt frames", Note)
-        return [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90).astype(np.float32) / 255 for f in frames]
+        return [np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in frames]
 
 
 # ---- NIfTI ----------------------------------------------------------------------------------------------------------
@@ -265,6 +270,8 @@ def inflate(data, limit):
         if not member.eof and left > 0:
             raise Refused("truncated gzip data")
         data = member.unused_data
+    if not left:
+        raise Refused("holds more than its header says")
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -341,7 +348,7 @@ def open_dicom(path, **options):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if DEFLATED.encode() in head:
+            if DEFLATED.encode() in head and preamble:
                 start = 144 + pydicom.filereader.read_file_meta_info(path).FileMetaInformationGroupLength
                 if len(zlib.decompressobj(-15).decompress(Path(path).read_bytes()[start:], CAP // 4)) == CAP // 4:
                     raise Refused(f"deflated, over {CAP / 4e9:.1f} GB when inflated")
@@ -487,13 +494,15 @@ def read_series(files, modality):
     Slices are sorted by their position along the normal, never by name or number (PS3.3 C.7.6.2.1.1).
     """
     planes, places, scales = [], [], []
-    for path in files:
+    for number, path in enumerate(files):
         try:
             ds = open_dicom(path)
             check_pixels(ds, whole=True)
+            if ds.SamplesPerPixel > 1:
+                raise Refused("colour image in a series")
             stored = stored_values(ds).reshape(-1, ds.Rows, ds.Columns)  # (frames, rows, columns)
         except Exception as error:
-            raise Refused((f"slice {Path(path).name}: " if len(files) > 1 else "") + explain(error)) from error
+            raise Refused((f"slice {{{number}}}: " if len(files) > 1 else "") + explain(error)) from error
         for frame, plane in enumerate(stored):
             place = [per_frame(ds, frame, sequence, tag) for sequence, tag in (
                 ("PlaneOrientationSequence", "ImageOrientationPatient"), ("PixelMeasuresSequence", "PixelSpacing"),
@@ -505,7 +514,8 @@ def read_series(files, modality):
                 plane = np.where(outside, min(plane[~outside].min(), np.array(0, plane.dtype)), plane)
             planes.append(plane)
             places.append([float(x) for values in place for x in values])
-            scales.append(rescale(ds, frame))
+            sign = -1 if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else 1
+            scales.append(tuple(sign * value for value in rescale(ds, frame)))
     place = np.array(places)  # (n, 6 + 2 + 3)
     if np.ptp(place[:, :8], axis=0).max() > 1e-2:
         raise Refused("slices differ in orientation or pixel spacing")
@@ -566,7 +576,7 @@ def dicom_header(path):
         "ProtocolName", "SeriesDescription", "StudyDescription", "ImageType", "AcquisitionNumber", "TriggerTime",
         "TemporalPositionIdentifier", "EchoTime")}
     region = [str(item.get("CodeMeaning") or "") for item in ds.get("AnatomicRegionSequence", [])[:1]]
-    return text | {"frames": frame_count(ds), "size": [int(ds.Rows), int(ds.Columns)],
+    return text | {"frames": frame_count(ds), "size": [int(ds.Rows), int(ds.Columns), int(ds.get("SamplesPerPixel", 1))],
                    "orientation": [round(float(x), 2) for x in ds.get("ImageOrientationPatient") or []],
                    "position": [round(float(x), 2) for x in ds.get("ImagePositionPatient") or []],
                    "parts": body_parts(text["BodyPartExamined"], *region, *(text[tag] for tag in (
@@ -652,8 +662,8 @@ def child(task, items, pipe, seconds, parent):
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         torch.set_num_threads(1)
         for item in items:
-            signal.alarm(seconds(item))
             try:
+                signal.alarm(seconds(item))
                 answer = {"ok": task(item)}
             except UserError as error:  # the cache cannot be written: no file's fault
                 answer = {"fatal": str(error)}
@@ -779,24 +789,29 @@ def kind_of(path):
 
 def dicom_jobs(headers, modality, allow_2d):
     """Headers {path: dicom_header} -> single images, multi-frame files and series as jobs, the rest refused."""
-    stacks = defaultdict(lambda: defaultdict(list))
+    series = defaultdict(list)  # SeriesInstanceUID: [(size, direction, jobs)]
     for path, head in headers.items():
         kind = modality(path) or DICOM_MODALITIES.get(head["Modality"])
         job = Job(path, [path], "dicom", kind, tuple(head["parts"]), head["PatientID"])
         if kind is None:
             yield path, "modality is none of the five: give --modality"
-        elif {"LOCALIZER", "SCOUT"} & set(re.findall("[A-Z]+", head["ImageType"])):
-            yield path, "localizer"
         elif kind not in VOLUMES:
             yield job
+        elif {"LOCALIZER", "SCOUT"} & set(re.findall("[A-Z]+", head["ImageType"])):
+            yield path, "localizer"
         elif head["frames"] > 1:
             yield replace(job, kind="series")
         elif not head["SeriesInstanceUID"] and not allow_2d:
             yield path, "no SeriesInstanceUID (0020,000E)"
         else:
-            stacks[head["SeriesInstanceUID"]][kind, *head["size"], *head["orientation"]].append(job)
-    for uid, stack in stacks.items():
-        for n, jobs in enumerate(sorted(stack.values(), key=len, reverse=True)):
+            size, direction, stacks = (kind, *head["size"]), head["orientation"], series[head["SeriesInstanceUID"]]
+            fits = (jobs for other, along, jobs in stacks if other == size and len(along) == len(direction)
+                    and np.allclose(along, direction, atol=0.05))
+            if (jobs := next(fits, None)) is None:
+                stacks.append((size, direction, jobs := []))
+            jobs.append(job)
+    for uid, stacks in series.items():
+        for n, (*_, jobs) in enumerate(sorted(stacks, key=lambda stack: -len(stack[-1]))):
             jobs, others = one_stack(jobs, headers)
             yield from others
             if len(jobs) >= MIN_SLICES:
@@ -836,16 +851,20 @@ def any_folder(source, options, only=None):
         labels = {os.path.normpath(row.get("path", "")): row for row in table(options.labels)}
         if not all({"path", "labels"} <= set(row) and row.get("modality", "") in ("", *MODALITIES) for row in labels.values()):
             raise UserError(f"{options.labels}: needs columns path and labels; a modality is one of {', '.join(MODALITIES)}")
-        files = [path for path in files if not os.path.samefile(os.path.join(source, path), options.labels)]
+        files = [path for path in files if os.path.realpath(os.path.join(source, path)) != os.path.realpath(options.labels)]
 
     def modality(path):
         row = labels.get(path) or labels.get(os.path.dirname(path) or ".") or {}
         return row.get("modality") or options.modality
 
-    kinds = {path: kind_of(os.path.join(source, path)) for path in files if os.access(os.path.join(source, path), os.R_OK)}
     yield from refused
-    yield from ((path, "cannot be read: no permission") for path in files if path not in kinds)
-    headers, paths = {}, [path for path in kinds if kinds[path] == "dicom"]
+    kinds, headers = {}, {}
+    for path in files:
+        try:
+            kinds[path] = kind_of(os.path.join(source, path))
+        except OSError as error:
+            yield path, explain(error)
+    paths = [path for path in kinds if kinds[path] == "dicom"]
     batches = [paths[i:i + 256] for i in range(0, len(paths), 256)]
     with tqdm(total=len(paths), unit="header", disable=len(paths) < 1000) as bar:
         for path, answer in guarded(lambda path: dicom_header(os.path.join(source, path)), batches, options.workers,
@@ -1091,6 +1110,11 @@ def write_csv(path, header, rows, mode=0o666):
         text.detach()
 
 
+def name_slice(reason, job):
+    """The reason with the file name of slice {number}, which the journal must not hold."""
+    return re.sub(r"\{(\d+)\}", lambda match: os.path.basename(job.files[int(match[1])]), reason)
+
+
 def write_tables(folder, jobs, refused):
     """samples.csv, sources.csv and rejected.csv from the journals, in an order that depends on the sources alone.
 
@@ -1099,7 +1123,8 @@ def write_tables(folder, jobs, refused):
     while True:
         records = read_journals(folder)
         kept = sorted((job for job in jobs if "shape" in records.get(job.id, {})), key=lambda job: job.id)
-        lost = {(path, records[job.id]["refused"]) for job in jobs if "refused" in records.get(job.id, {}) for path in job.files}
+        lost = {(path, name_slice(records[job.id]["refused"], job)) for job in jobs if "refused" in records.get(job.id, {})
+                for path in job.files}
         rejected = sorted({*refused, *lost})
         write_csv(folder / "samples.csv", ("id", "modality", "labels", "patient", "split", "shape"),
                   [(job.id, job.modality, "|".join(job.labels), job.patient, job.split, records[job.id]["shape"]) for job in kept])
@@ -1109,13 +1134,16 @@ def write_tables(folder, jobs, refused):
             return kept, rejected, Counter(note for job in kept for note in records[job.id]["notes"])
 
 
-def check_recipe(folder, recipe, key):
-    """One cache, one recipe and key: arrays of different shapes or ids of different keys are never mixed."""
-    wanted, path = asdict(recipe) | {"key": pseudonym(key, "which key")}, folder / "recipe.json"
+def check_recipe(folder, dataset, recipe, key):
+    """One cache, one data set, recipe and key: different shapes, or ids of different keys, are never mixed."""
+    wanted, path = asdict(recipe) | {"dataset": dataset, "key": pseudonym(key, "which key")}, folder / "recipe.json"
     if not path.exists():
         with atomic_write(path) as file:
             file.write(json.dumps(wanted).encode())
-    made = json.loads(path.read_bytes())
+    try:
+        made = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: damaged; choose another --name, or delete {folder} and start again") from error
     if made != wanted:
         differs = ", ".join(f"{name} {made.get(name)}" for name in wanted if made.get(name) != wanted[name] and name != "key")
         raise UserError(f"{folder} was made with {differs or 'another key'}; give the same options or another --name")
@@ -1133,48 +1161,41 @@ def batches_of(jobs):
     return batches
 
 
-def outdated(job, source, folder, record):
-    """True if the job has no array yet, or one older than a file it was made of."""
-    if "shape" not in record:
-        return True
-    with contextlib.suppress(OSError):
-        made = os.stat(folder / f"{job.id}.npy").st_mtime_ns
-        return any(os.stat(os.path.join(source, path)).st_mtime_ns > made for path in job.files)
-    return True
+def size_and_time(job, source):
+    """Bytes of a job's files and the time the last of them changed; (0, 0) if one is gone."""
+    try:
+        infos = [os.stat(os.path.join(source, path)) for path in job.files]
+    except OSError:
+        return 0, 0
+    return sum(info.st_size for info in infos), max(info.st_mtime_ns for info in infos)
 
 
 def run(source, folder, jobs, options):
     """Make the arrays this shard lacks; each is written, then journalled, so that a kill loses only what was in work."""
-    recipe = Recipe(options.size, options.slices, options.frames)
-    part, parts = options.shard
-    mine = [job for job in jobs if int(job.id, 16) % parts == part % parts]
-    ids = {job.id for job in mine}
-    journal_path = folder / f".journal-{part % parts}-of-{parts}.jsonl"
-    with open(os.open(journal_path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600), "ab", buffering=0) as journal:
-        try:
-            fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{folder}: another prepare.py is at work here; wait for it or use --shard") from error
-        for path in folder.glob(".*.npy.*.tmp"):
-            if path.name.split(".")[1] in ids:
-                path.unlink(missing_ok=True)  # left by a kill
-        records = read_journals(folder)
-        todo = [job for job in mine if outdated(job, source, folder, records.get(job.id, {}))]
-
-        def seconds(job):
-            return SECONDS + int(sum(os.path.getsize(os.path.join(source, path)) for path in job.files) / 1e6)
-
+    recipe, (part, parts) = Recipe(options.size, options.slices, options.frames), options.shard
+    mine = {job.id: job for job in jobs if int(job.id, 16) % parts == part % parts}
+    about, path = {}, folder / f".journal-{part % parts}-of-{parts}.jsonl"
+    with open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600), "ab", buffering=0) as journal:
+        fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        records, todo = read_journals(folder), []
+        for job in mine.values():
+            about[job.id] = size, changed = size_and_time(job, source)
+            record = records.get(job.id, {})
+            if record.get("bytes") != size or os.stat(folder / f"{job.id}.npy").st_mtime_ns < changed:
+                todo.append(job)
         with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="sample", desc=folder.name, disable=not todo) as bar:
             for job, answer in guarded(lambda job: cache_sample(job, source, recipe, folder), batches_of(todo),
-                                       options.workers, seconds):
+                                       options.workers, lambda job: SECONDS + about[job.id][0] // 1_000_000):
                 if "refused" in answer:
                     (folder / f"{job.id}.npy").unlink(missing_ok=True)
-                records[job.id] = {"id": job.id, **answer.get("ok", answer)}
+                records[job.id] = {"id": job.id, **answer.get("ok", answer)} | ({"bytes": about[job.id][0]} if "ok" in answer else {})
                 journal.write(b"\n" + json.dumps(records[job.id]).encode())
-                bar.set_postfix(refused=sum("refused" in record for record in records.values()), refresh=False)
                 bar.update()
-        with atomic_write(journal_path, 0o600) as file:  # the same bytes however often the run was interrupted
-            file.write(b"".join(json.dumps(records[name], sort_keys=True).encode() + b"\n" for name in sorted(ids & set(records))))
+        for leftover in folder.glob(".*.npy.*.tmp"):  # of a killed child
+            if leftover.name.split(".")[1] in mine:
+                leftover.unlink(missing_ok=True)
+        with atomic_write(path, 0o600) as file:  # the same bytes however often the run was interrupted
+            file.writelines(json.dumps(records[name]).encode() + b"\n" for name in sorted(set(mine) & set(records)))
 
 
 def verify(folder):
@@ -1256,7 +1277,7 @@ def read_any(path, modality=None, size=256, slices=64, frames=16):
         task = lambda job: cache_sample(job, source, Recipe(size, slices, frames), folder)
         _, answer = next(guarded(task, [[job]], 1, lambda job: 10 * SECONDS))
         if "refused" in answer:
-            raise UserError(f"{path}: {answer['refused']}")
+            raise UserError(f"{path}: {name_slice(answer['refused'], job)}")
         return job.modality, np.load(os.path.join(folder, f"{job.id}.npy"), allow_pickle=False)
 
 
@@ -1312,7 +1333,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({os.strerror(error.errno)}); choose another --out") from error
-    check_recipe(folder, Recipe(options.size, options.slices, options.frames), key)
+    check_recipe(folder, options.dataset, Recipe(options.size, options.slices, options.frames), key)
     found = list(scan(source, options))
     jobs, refused = [job for job in found if isinstance(job, Job)], {row for row in found if not isinstance(row, Job)}
     if counts:
@@ -1323,7 +1344,12 @@ def main():
         print("note: ids are made with the public key, so that anyone can test a guess; patients' data need --key-file")
     for job in jobs:
         job.id, job.patient = pseudonym(key, job.key or job.path), pseudonym(key, job.patient)
-    run(source, folder, jobs, options)
+    try:
+        run(source, folder, jobs, options)
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another prepare.py is at work here; wait for it or use --shard") from error
+    except OSError as error:
+        raise UserError(f"cannot write in {folder} ({error.strerror}); free some space or choose another --out") from error
     kept, rejected, notes = write_tables(folder, jobs, refused)
     for note, count in sorted(notes.items()):
         print(f"note: {count} samples: {note}")
