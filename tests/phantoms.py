@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import imageio.v3 as iio
+import av
 import nibabel as nib
 import numpy as np
 from PIL import Image
@@ -573,6 +573,16 @@ def write_nifti(path, image, voxel, rng):
     path.write_bytes(gzip.compress(scan.to_bytes(), compresslevel=1, mtime=0))
 
 
+def write_video(path, frames):
+    """Motion JPEG at a bit rate that leaves no visible blocks."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mjpeg", rate=25)
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *frames.shape[1:3], "yuvj420p", 4_000_000
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode(None))
+
+
 def write_sample(folder, modality, number, split, seed):
     """Make and write patient `number` of a modality; returns the row of labels.csv."""
     rng = np.random.default_rng([seed, MODALITIES.index(modality), number])
@@ -587,8 +597,7 @@ def write_sample(folder, modality, number, split, seed):
     elif modality == "ultrasound":
         Image.fromarray(image).save(path := path.with_suffix(".png"))
     elif modality == "endoscopy":
-        path = path.with_suffix(".avi")
-        iio.imwrite(path, image, plugin="pyav", codec="mjpeg", fps=25, out_pixel_format="yuvj420p")
+        write_video(path := path.with_suffix(".avi"), image)
     elif modality == "ct" and number % 2:
         write_series(path, image, voxel, patient, rng)
     else:
