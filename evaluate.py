@@ -11,6 +11,7 @@ Letters: m queries, n candidates, B queries of a block, L labels, k places of a 
 import argparse
 import hashlib
 import json
+import math
 import platform
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from embed import embed_rows, first_k, fixed_point, load_embedder, picture, read
 from model import save_montage
 from prepare import UserError, atomic_write, load_sample, read_samples
 
-BLOCK = 512  # queries whose scores against the whole gallery are in memory at once
+BLOCK = 256  # queries whose scores against the whole gallery are in memory at once
 EXACT_WORK = 1e11  # multiplications up to which scores are float64 and exact (embed.fixed_point); float32 beyond
 LIST = 10  # the list that R@10, MnR and MdR look at
 CUTS = (1, 5, 10)
@@ -81,23 +82,37 @@ def score_blocks(queries, gallery):
     seen = {}  # float32 sums depend on their place in a block, so equal candidates take the score of the first of them
     first = torch.tensor([seen.setdefault(hash(row.tobytes()), i) for i, row in enumerate(g.numpy())])  # (n,)
     copies = (first != torch.arange(len(g))).nonzero()[:, 0]
-    tiles = {}
+    blocks = math.ceil(len(q) / BLOCK)
+    store = torch.empty(blocks**2 // 4 if within else 0, BLOCK, BLOCK, dtype=g.dtype)  # one piece: no fragments
+    free, held = list(range(len(store))), {}  # places in the store, and {(query block, candidate block): its place}
     for i, start in enumerate(range(0, len(q), BLOCK)):
         begin = start if within else 0
-        new = q[start:start + BLOCK] @ g[begin:].T  # (B, n - begin)
-        mirrored = [tiles.pop((j, i)).T for j in range(i)] if within else []
-        for j, column in enumerate(range(start + BLOCK, len(g) if within else 0, BLOCK), i + 1):
-            tiles[i, j] = new[:, column - begin:column - begin + BLOCK].clone()  # (B, B)
-        scores = torch.cat(mirrored + [new], dim=1)  # (B, n)
+        new = g[begin:] @ q[start:start + BLOCK].T  # (n - begin, B), the faster way round
+        places = [held.pop((i, j)) for j in range(i if within else 0)]
+        scores = torch.cat([*store[places, :new.shape[1]], new.T], dim=1)  # (B, n)
+        free += places
+        for j, tile in enumerate(new.split(BLOCK)[1:] if within else [], start=i + 1):
+            held[j, i] = free.pop()
+            store[held[j, i], :len(tile)] = tile  # (B, B)
         scores[:, copies] = scores[:, first[copies]]
         yield start, scores
 
 
-def same_string(queries, gallery):
-    """Strings of both sides -> int32 numbers (m,), (n,), equal where the strings are; "" equals nothing."""
-    numbers = {"": -1}
-    q, g = ([numbers.setdefault(text, len(numbers)) for text in side] for side in (queries, gallery))
-    return torch.tensor(q, dtype=torch.int32), torch.tensor(g, dtype=torch.int32).masked_fill(torch.tensor(g) == -1, -2)
+def excluded(same):
+    """Pairs of string lists (m,), (n,) -> function of a range of queries that gives, for each, the candidates of its own
+    string in any pair, as index arrays of (query in the range, candidate); "" is the string of nobody."""
+    places = []
+    for _, gallery in same:
+        places.append({})
+        for i, text in enumerate(gallery):
+            places[-1].setdefault(text, []).append(i)
+
+    def pairs(queries):
+        columns = [np.unique([i for (texts, _), at in zip(same, places) if texts[q] for i in at.get(texts[q], ())])
+                   for q in queries]
+        rows = np.repeat(np.arange(len(columns)), [len(c) for c in columns])
+        return torch.from_numpy(rows), torch.from_numpy(np.concatenate(columns).astype(np.int64))
+    return pairs
 
 
 def first_rank(scores, relevant):
@@ -144,24 +159,23 @@ def measure(queries, gallery, asked, offered, same=(), relevance="any"):
     hot_g = hot_q if offered is asked else multi_hot(offered, vocabulary)  # (L, n)
     count = hot_q.sum(dim=0).float()  # (m,)
     need = torch.where(count == 0, torch.inf, count if relevance == "all" else 1.0)  # (m,) shared labels of a match
-    same = [same_string(*pair) for pair in same]
-    parts = []
+    pairs = excluded(same)
+    result = {}
     for start, scores in score_blocks(queries, gallery):
-        rows = slice(start, start + len(scores))
+        B, rows = len(scores), slice(start, start + len(scores))
         used = hot_q[:, rows].any(dim=1)  # (L,) only labels of this block enter the product
         relevant = hot_q[:, rows][used].float().T @ hot_g[used].float() >= need[rows, None]  # (B, n)
-        out = torch.zeros_like(relevant)  # (B, n)
-        for q, g in same:
-            out |= q[rows, None] == g
-        scores.masked_fill_(out, -torch.inf)
-        relevant &= ~out
+        out = pairs(range(start, start + B))  # (pairs,) and (pairs,)
+        scores[out], relevant[out] = -torch.inf, False
         top = first_k(scores, LIST)[1]  # (B, k)
         hit = relevant.gather(1, top)  # (B, k) an excluded candidate is never relevant
         mean, median = list_ranks(hit)
-        parts.append({**{f"R@{k}": hit[:, :k].any(dim=1) for k in CUTS}, "MnR": mean, "MdR": median,
-                      "first": first_rank(scores, relevant), "relevant": relevant.sum(dim=1, dtype=torch.int32),
-                      "candidates": len(gallery) - out.sum(dim=1, dtype=torch.int32), "top": top, "hit": hit})
-    return {key: torch.cat([part[key] for part in parts]).numpy() for key in parts[0]}
+        found = {**{f"R@{k}": hit[:, :k].any(dim=1) for k in CUTS}, "MnR": mean, "MdR": median,
+                 "first": first_rank(scores, relevant), "relevant": relevant.sum(dim=1, dtype=torch.int32),
+                 "candidates": len(gallery) - torch.bincount(out[0], minlength=B), "top": top, "hit": hit}
+        for key, value in found.items():  # kept small pieces would split the memory that the next block needs
+            result.setdefault(key, torch.empty(len(queries), *value.shape[1:], dtype=value.dtype))[rows] = value
+    return {key: value.numpy() for key, value in result.items()}
 
 
 def bootstrap(values, draws=1000, seed=0):
@@ -670,8 +684,8 @@ def main():
         run_all(args)
     else:
         results = any_embeddings(args) if args.embeddings else evaluate(args.task, args)
-        print("\n" + table(results, args.markdown) + "\n")
         save(args.out or f"results/{args.task or 'embeddings'}.json", results)
+        print("\n" + table(results, args.markdown))
 
 
 if __name__ == "__main__":
