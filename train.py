@@ -358,7 +358,8 @@ def parse_args():
     flag("--local-views", type=int, default=LOCAL_VIEWS_2D, help="of a 2D sample (simdino); fewer are faster, see Fig. 3a")
     flag("--init", help="start from a 2D ViT of the timm, DINO or MAE family, or from another run's checkpoint")
     flag("--seed", type=int, default=0, help="of everything random; vary it to see the noise of a result")
-    flag("--workers", type=int, default=4, help="data loading processes; raise it if data_wait in the log is above 0.1")
+    flag("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
+         help="data loading processes; raise it if data_wait in the log is above 0.1")
     flag("--max-steps", type=int, help="stop here for now; the schedules still span --epochs, so the run can go on later")
     flag("--save-minutes", type=float, default=15, help="save at least this often, besides every epoch")
     flag("--keep-every", type=int, default=0, help="also keep epoch_NNNN.pt every so many epochs, for studies; 0 keeps none")
