@@ -200,14 +200,19 @@ def embed_rows(rows, embed, meta, out, device="cpu", workers=2):
     todo = [i for i in range(rank, len(batches), world) if not (parts / f"{i}.npy").exists()]
     loader = DataLoader(CachedDataset(rows), batch_sampler=[batches[i] for i in todo], num_workers=workers,
                         collate_fn=stack)
-    for i, x in zip(todo, tqdm(loader, desc="embed", unit="batch", disable=rank > 0, leave=False)):
-        with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-            vectors = embed(x.to(device)).float().cpu().numpy()  # (B, D)
-        if vectors.ndim != 2 or len(vectors) != len(x) or not np.isfinite(vectors).all():
-            raise UserError(f"encoder {meta['encoder']} gave {vectors.shape} for {len(x)} samples, or values that are "
-                            f"not finite (first sample {rows[batches[i][0]]['id']})")
-        with atomic_write(parts / f"{i}.npy") as file:
-            np.save(file, vectors, allow_pickle=False)
+    bar = tqdm(loader, desc="embed", unit="batch", disable=rank > 0, leave=False)
+    try:
+        for i, x in zip(todo, bar):
+            with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+                vectors = embed(x.to(device)).float().cpu().numpy()  # (B, D)
+            if vectors.ndim != 2 or len(vectors) != len(x) or not np.isfinite(vectors).all():
+                raise UserError(f"encoder {meta['encoder']} gave {vectors.shape} for {len(x)} samples, or values that "
+                                f"are not finite (first sample {rows[batches[i][0]]['id']})")
+            with atomic_write(parts / f"{i}.npy") as file:
+                np.save(file, vectors, allow_pickle=False)
+    except UserError as error:  # a reading process sends its traceback along: the last line is the message
+        bar.close()
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("prepare.UserError: ")) from None
     if world > 1:
         dist.barrier()
     if rank == 0:

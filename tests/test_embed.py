@@ -212,6 +212,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(mixed_cache, tmp_path):
     assert (tmp_path / "e.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_is_named_in_one_line(mixed_cache, tmp_path, workers):
+    rows = read_samples(mixed_cache)
+    (mixed_cache / f"{rows[3]['id']}.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match=rows[3]["id"]) as caught:
+        embed_rows(rows, pixels, {"encoder": "pixels"}, tmp_path / "e.npz", workers=workers)
+    assert "\n" not in str(caught.value) and not (tmp_path / "e.npz").exists()
+
+
 def test_8_bit_and_deeper_samples_of_one_shape_keep_their_scale(tmp_path, mixed_cache):
     rows = [row for row in read_samples(mixed_cache) if row["modality"] == "xray"][:2]
     np.save(mixed_cache / f"{rows[0]['id']}.npy", np.full((1, 32, 32, 1), 51, np.uint8))
