@@ -27,6 +27,7 @@ from model import save_montage
 from prepare import UserError, atomic_write, load_sample, read_samples
 
 BLOCK = 256  # queries whose scores against the whole gallery are in memory at once
+MIRROR_BYTES = 7e8  # scores of a set with itself that may be kept for their mirror images
 EXACT_WORK = 1e11  # multiplications up to which scores are float64 and exact (embed.fixed_point); float32 beyond
 LIST = 10  # the list that R@10, MnR and MdR look at
 CUTS = (1, 5, 10)
@@ -74,11 +75,12 @@ def score_blocks(queries, gallery):
     """Cosines of (m, D) with (n, D), all scaled by one constant: yields the first query of a block and (B, n).
 
     Within one set (gallery is queries) they are symmetric, so each tile right of the diagonal is kept until its mirror
-    image is due: half the products, at most n^2 / 4 numbers in memory.
+    image is due: half the products for n^2 / 4 numbers in memory, where these are not too many.
     """
-    exact, within = len(queries) * gallery.size <= EXACT_WORK, gallery is queries
+    exact = len(queries) * gallery.size <= EXACT_WORK
     g = fixed_point(gallery).to(torch.float64 if exact else torch.float32)  # (n, D)
-    q = g if within else fixed_point(queries).to(g.dtype)  # (m, D)
+    q = g if gallery is queries else fixed_point(queries).to(g.dtype)  # (m, D)
+    within = gallery is queries and len(g) ** 2 / 4 * g.element_size() <= MIRROR_BYTES
     seen = {}  # float32 sums depend on their place in a block, so equal candidates take the score of the first of them
     first = torch.tensor([seen.setdefault(hash(row.tobytes()), i) for i, row in enumerate(g.numpy())])  # (n,)
     copies = (first != torch.arange(len(g))).nonzero()[:, 0]
@@ -99,8 +101,11 @@ def score_blocks(queries, gallery):
 
 
 def excluded(same):
-    """Pairs of string lists (m,), (n,) -> function of a range of queries that gives, for each, the candidates of its own
-    string in any pair, as index arrays of (query in the range, candidate); "" is the string of nobody."""
+    """Pairs of string lists (m,), (n,) -> a function that lists the excluded candidates of some queries.
+
+    It takes query numbers and gives two index arrays: position in these queries, and candidate with the same string in
+    any of the pairs. "" is the string of nobody.
+    """
     places = []
     for _, gallery in same:
         places.append({})
@@ -362,15 +367,15 @@ def about(meta, **more):
 def any_embeddings(args):
     """--embeddings: within one set, or against --gallery."""
     rows, queries, meta = match(args.embeddings, args.cache[0])
-    queries, others, gallery = pooled(queries, meta.get("pool"), args.pool[0]), None, None
+    others = gallery = None
     if args.gallery:
         others, gallery, other = match(args.gallery, args.gallery_cache or args.cache[0])
+        differ = [key for key in ("encoder", "checkpoint_sha256", "pool") if meta.get(key, "") != other.get(key, "")]
+        if gallery.shape[1] != queries.shape[1] or differ and meta and other:
+            raise UserError(f"{args.embeddings} and {args.gallery} come from different encoders: embed both with one")
         gallery = pooled(gallery, other.get("pool"), args.pool[0])
-        if gallery.shape[1] != queries.shape[1]:
-            raise UserError(f"{args.embeddings} has vectors of {queries.shape[1]} numbers and {args.gallery} of "
-                            f"{gallery.shape[1]}: use the same encoder and pooling for both")
     setting = Setting(Path(args.embeddings).stem, rows, others, relevance=args.relevance)
-    found = retrieve(setting, queries, gallery, args, args.figure)
+    found = retrieve(setting, pooled(queries, meta.get("pool"), args.pool[0]), gallery, args, args.figure)
     return [about(meta, task="embeddings", model=setting.name, **found)]
 
 
@@ -668,6 +673,8 @@ def parse_arguments():
         parser.error("give one of --task, --embeddings, --compare and --scaling")
     if args.embeddings and len(args.cache or []) != 1 or args.task == "all" and (args.cache or args.out):
         parser.error("--embeddings needs one --cache; --task all finds its caches and names its files itself")
+    if len(args.pool) > 1 and (args.embeddings or args.task == "probe"):
+        parser.error("several --pool are compared for retrieval tasks only: give one")
     return args
 
 
