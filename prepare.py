@@ -26,6 +26,7 @@ import stat
 import struct
 import sys
 import tempfile
+import time
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -93,7 +94,7 @@ def explain(error):
 def atomic_write(path, mode=0o666):
     """Yield a binary handle whose bytes replace `path` all at once when the block ends without error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_RDWR, mode), "w+b") as file:
             yield file
@@ -359,7 +360,7 @@ def open_dicom(path, **options):
     except (struct.error, OSError, EOFError, AttributeError, zlib.error, pydicom.errors.BytesLengthException) as error:
         raise Refused("truncated or damaged DICOM header") from error
     ds.cut = any("before delimiter" in str(warning.message) for warning in caught)  # pydicom drops such pixels
-    if not preamble and "SOPClassUID" in ds:
+    if not preamble and "TransferSyntaxUID" not in ds.file_meta and "SOPClassUID" in ds:
         ds.file_meta.TransferSyntaxUID = pydicom.uid.UID("1.2.840.10008.1.2" + {
             (True, True): "", (False, True): ".1", (False, False): ".2"}[ds.original_encoding])
     return ds
@@ -875,7 +876,7 @@ def any_folder(source, options, only=None):
     """Any tree of files; labels.csv (path, labels and perhaps patient, split, modality) goes before DICOM headers."""
     files, refused = ([only], []) if only else walk(source)
     rows = {os.path.normpath(row.get("path", "")): row for row in table(options.labels)} if options.labels else {}
-    if not all({"path", "labels"} <= {*row} and row.get("modality") in (None, "", *MODALITIES) for row in rows.values()):
+    if not all({"path", "labels"} <= {*row} and row.get("modality", "") in ("", *MODALITIES) for row in rows.values()):
         raise UserError(f"{options.labels}: needs columns path and labels; modality is one of {', '.join(MODALITIES)}")
 
     def modality(path):
@@ -980,10 +981,10 @@ def kvasir_capsule(source, options):
 # DEVIATION: the paper's 13 categories come from a language model, unpublished; ours hold as many of its videos, 364.
 HYPER_KVASIR = {finding: category for category, findings in {
     "polyps": "polyps", "dyed lifted polyps": "dyed lifted polyps", "dyed resection margins": "dyed resection margins",
-    "polypectomy": "snare resection/clip placement", "BBPS 0-1": "bbps 0-1", "BBPS 2-3": "bbps 2-3", "ulcer": "ulcer",
-    "cancer": "cancer/cancer, colorectal", "anastomosis": "anastomosis/cavity of anastomotic leak",
-    "colitis": "colitis",
-    "stent": "self-expanding stent", "landmark": "cecum/pylorus/retroflex stomach/z-line",
+    "BBPS 0-1": "bbps 0-1", "BBPS 2-3": "bbps 2-3", "ulcer": "ulcer", "colitis": "colitis",
+    "polypectomy": "snare resection/clip placement", "cancer": "cancer/cancer, colorectal",
+    "anastomosis": "anastomosis/cavity of anastomotic leak", "stent": "self-expanding stent",
+    "landmark": "cecum/pylorus/retroflex stomach/z-line",
     "other pathology": "barrett's oesophagus/esophagitis/varices/gave/parasites/hemorrhoids"}.items()
     for finding in findings.split("/")}
 
@@ -1129,10 +1130,14 @@ def name_slice(reason, job):
 def write_tables(folder, jobs, refused):
     """samples.csv, sources.csv and rejected.csv from the journals, in an order that depends on the sources alone.
 
-    Another shard may end meanwhile: this is repeated until the journals did not change while the tables were written.
+    Another shard may end meanwhile and replace its journal: then this is done again.
     """
-    while True:
-        records = read_journals(folder)
+    def finished():
+        return {path.name: path.stat().st_ino for path in folder.glob(".journal-*")}
+
+    before = None
+    while before != finished():
+        before, records = finished(), read_journals(folder)
         kept = sorted((job for job in jobs if "shape" in records.get(job.id, {})), key=lambda job: job.id)
         lost = {(path, name_slice(records[job.id]["refused"], job))
                 for job in jobs if "refused" in records.get(job.id, {}) for path in job.files}
@@ -1142,8 +1147,7 @@ def write_tables(folder, jobs, refused):
                    for job in kept])
         write_csv(folder / "sources.csv", ("id", "path"), [(job.id, job.path) for job in kept], 0o600)
         write_csv(folder / "rejected.csv", ("path", "reason"), rejected, 0o600)
-        if read_journals(folder) == records:
-            return kept, rejected, Counter(note for job in kept for note in records[job.id]["notes"])
+    return kept, rejected, Counter(note for job in kept for note in records[job.id]["notes"])
 
 
 def check_recipe(folder, dataset, recipe, key):
@@ -1193,8 +1197,8 @@ def run(source, folder, jobs, options):
         for job in mine.values():
             about[job.id] = size, changed = size_and_time(job, source)
             record = records.get(job.id, {})
-            if record.get("bytes") != size or os.stat(folder / f"{job.id}.npy").st_mtime_ns < changed:
-                todo.append(job)
+            if record.get("bytes") != size or os.stat(folder / f"{job.id}.npy").st_mtime_ns < changed < time.time_ns():
+                todo.append(job)  # not yet made, or the source is newer
         answers = guarded(lambda job: cache_sample(job, source, recipe, folder), batches_of(todo), options.workers,
                           lambda job: SECONDS + about[job.id][0] // 1_000_000)
         for job, answer in tqdm(answers, total=len(todo), unit="sample", desc=folder.name, disable=not todo):
@@ -1212,19 +1216,18 @@ def run(source, folder, jobs, options):
 
 
 def verify(folder):
-    """Compare every array with its journal; damaged ones are removed, so that the next run makes them again."""
-    rows, good, bad = read_samples(folder), 0, 0
-    records = read_journals(folder)
-    for path in sorted(folder.glob("*.npy")):
-        whole = zlib.crc32(path.read_bytes()) == records.get(path.stem, {}).get("crc")
-        good, bad = good + whole, bad + (not whole)
-        if not whole:
-            print(f"{path}: damaged or unfinished, removed")
-            path.unlink()
-    lost = sum(not (folder / f"{row['id']}.npy").exists() for row in rows)
+    """Compare every array with its checksum in the journal; damaged ones are removed, the next run makes them again."""
+    read_samples(folder)
+    records = {name: record for name, record in read_journals(folder).items() if "shape" in record}
+    damaged = [path for path in (folder / f"{name}.npy" for name in records)
+               if zlib.crc32(path.read_bytes()) != records[path.stem]["crc"]]
+    for path in damaged:
+        print(f"{path}: damaged, removed")
+        path.unlink()
+    lost = sum(not (folder / f"{row['id']}.npy").exists() or row["id"] not in records for row in read_samples(folder))
     if lost:
-        raise UserError(f"{folder}: {good} arrays whole, {bad} damaged, {lost} to make: run prepare.py again")
-    print(f"{folder}: {good} arrays whole")
+        raise UserError(f"{folder}: {len(damaged)} arrays damaged, {lost} to make again: run prepare.py as before")
+    print(f"{folder}: {len(records)} arrays, all whole")
 
 
 # ---- reading the cache ----------------------------------------------------------------------------------------------
@@ -1380,3 +1383,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"prepare.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: interrupted; the same command goes on from here")

@@ -180,6 +180,17 @@ def test_a_series_and_its_nifti_twin_give_the_same_array(tmp_path, codes):
     assert modality == "ct" and np.array_equal(x, twin)
 
 
+def test_a_single_slice_is_an_image_with_the_head_up(tmp_path):
+    hu, affine = phantom()
+    for name, voxels in {"axial": hu[:, :, 8:9], "coronal": hu[:, 10:11], "flat": hu[:, :, 8]}.items():
+        x = read_any(nifti(tmp_path / f"{name}.nii.gz", voxels, affine), "ct", size=64)[1]
+        assert x.shape == (1, 64, 64, 1)
+        right = np.argwhere(np.abs(x[0, :, :, 0] * 2000.0 - 1900) < 30).mean(axis=0)
+        assert right[1] < 20 and abs(right[0] - 31.5) < 4, name
+        top = np.argwhere(np.abs(x[0, :, :, 0] * 2000.0 - 1300) < 30)
+        assert name != "coronal" or top.mean(axis=0)[0] < 24
+
+
 def test_pixels_keep_their_aspect_in_mm(tmp_path):
     hu = np.full((40, 20, 10), 0, np.int16)
     _, x = read_any(nifti(tmp_path / "a.nii", hu, np.diag([1.0, 2.0, 5.0, 1.0]), packed=False), "ct", size=32, slices=8)
@@ -658,7 +669,7 @@ def test_verify_finds_a_flipped_bit_and_the_next_run_mends_it(tmp_path, monkeypa
     data[-5] ^= 1
     path.write_bytes(data)
     monkeypatch.setattr(sys, "argv", ["prepare.py", "folder", "--verify", "--out", str(tmp_path / "cache"), "--name", "x"])
-    with pytest.raises(UserError, match="8 arrays whole, 1 damaged"):
+    with pytest.raises(UserError, match="1 arrays damaged, 1 to make again"):
         prepare.main()
     prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "ct")
     assert tree(tmp_path / "cache/x") == before
