@@ -204,12 +204,16 @@ def summarise(found):
 
 # ------------------------------------------------------------------------------------------------------------ tasks
 class Setting(NamedTuple):
-    """Queries and candidates (rows of read_samples; None: the queries themselves), and which labels count, and how."""
+    """Queries and candidates (rows of read_samples; None: the queries themselves), and which labels count, and how.
+
+    all_ask: samples without such labels are queries too, which cannot be answered, and not candidates only.
+    """
     name: str
     queries: list
     gallery: list = None
     labels: callable = lambda row: row["labels"]
     relevance: str = "any"
+    all_ask: bool = False
 
 
 class Task(NamedTuple):
@@ -256,9 +260,9 @@ def settings_of(task, folders):
         def labels(row):
             return [label for label in row["labels"] if label.startswith(family)]
         # CHOICE: every sample is a candidate, and those with a label of the family are queries.
-        queries = [row for row in rows if labels(row)]
-        print(f"{task}: found {len(rows)} samples, paper {paper}; {len(queries)} of them are queries")
-        return [Setting(task, queries, rows if len(queries) < len(rows) else None, labels, relevance)] * bool(queries)
+        asking = sum(bool(labels(row)) for row in rows)
+        print(f"{task}: found {len(rows)} samples, paper {paper}; {asking} of them are queries")
+        return [Setting(task, rows, None, labels, relevance)] * bool(asking)
     # CHOICE: samples of a training split, and samples without a body part, take no part.
     rows = [row for row in rows if row["split"] != "train" and body_parts(row)]
     sets = {name: [row for row in rows if row["modality"] == name] for name in sorted({r["modality"] for r in rows})}
@@ -340,7 +344,11 @@ def retrieve(setting, queries, gallery, args, figure=None):
     same = [both(lambda row: f"{Path(row['folder']).resolve()} {row['id']}")]  # the query itself
     if args.exclude_same:
         same.append(both(lambda row: row[args.exclude_same]))
-    found = measure(queries, queries if gallery is None else gallery, *both(setting.labels), same, setting.relevance)
+    asked, offered = both(setting.labels)
+    found = measure(queries, queries if gallery is None else gallery, asked, offered, same, setting.relevance)
+    asking = [i for i, labels in enumerate(asked) if labels or setting.all_ask]
+    found = {key: value[asking] for key, value in found.items()}
+    setting = setting._replace(queries=[setting.queries[i] for i in asking])
     if figure:
         draw_queries(figure, setting, candidates, found)
     digest = hashlib.sha256("\n".join(row["id"] for row in setting.queries).encode()).hexdigest()
@@ -374,9 +382,9 @@ def any_embeddings(args):
         if gallery.shape[1] != queries.shape[1] or differ and meta and other:
             raise UserError(f"{args.embeddings} and {args.gallery} come from different encoders: embed both with one")
         gallery = pooled(gallery, other.get("pool"), args.pool[0])
-    setting = Setting(Path(args.embeddings).stem, rows, others, relevance=args.relevance)
+    setting = Setting("embeddings", rows, others, relevance=args.relevance, all_ask=True)
     found = retrieve(setting, pooled(queries, meta.get("pool"), args.pool[0]), gallery, args, args.figure)
-    return [about(meta, task="embeddings", model=setting.name, **found)]
+    return [about(meta, task="embeddings", model=Path(args.embeddings).stem, **found)]
 
 
 def run_task(task, args):
@@ -398,9 +406,10 @@ def run_task(task, args):
             for s in settings:
                 sides = [vectors[[place[row["folder"], row["id"]] for row in side]] if side else None
                          for side in (s.queries, s.gallery)]
-                model = f"{Path(checkpoint).parent.name if encoder == 'm3ret' else encoder} {how}".strip()
-                figure = args.figure and not results and args.figure  # of the first model and setting
-                results.append(about(meta, task=task, model=model, **retrieve(s, *sides, args, figure))
+                model = Path(checkpoint).parent.name or "m3ret" if encoder == "m3ret" else encoder
+                figure = None if results else args.figure  # of the first model and setting
+                found = retrieve(s, *sides, args, figure)
+                results.append(about(meta, task=task, model=f"{model} {how}".strip(), **found)
                                | {"pool": how or meta["pool"]})
     return results
 
@@ -503,10 +512,10 @@ def load_results(path):
 
 def compare(first, second):
     """Paired bootstrap over queries: is B better than A? Yields lines of a table."""
-    for a, b in zip(load_results(first), load_results(second)):
-        if (a["name"], a["queries_sha256"]) != (b["name"], b["queries_sha256"]):
-            raise UserError(f"{first} and {second} hold other queries ({a['name']}, {b['name']}): compare two runs of "
-                            "one task on one cache")
+    files = load_results(first), load_results(second)
+    if len({tuple((row["name"], row["queries_sha256"]) for row in rows) for rows in files}) > 1:
+        raise UserError(f"{first} and {second} hold other queries: compare two runs of one task on one cache")
+    for a, b in zip(*files):
         for k in a["hits"]:
             gain = (b["hits"][k] - a["hits"][k])[:, None]  # (m, 1)
             means, (low, high) = bootstrap(gain)
