@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import platform
 import sys
 from pathlib import Path
@@ -678,6 +679,8 @@ def parse_arguments():
     flag("--markdown", action="store_true", help="print tables as Markdown")
     flag("--out", help="results file (default results/TASK.json)")
     args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("run this without torchrun; to share the embedding, run embed.py under it and give --embeddings")
     if sum(map(bool, (args.task, args.embeddings, args.compare, args.scaling))) != 1:
         parser.error("give one of --task, --embeddings, --compare and --scaling")
     if args.embeddings and len(args.cache or []) != 1 or args.task == "all" and (args.cache or args.out):

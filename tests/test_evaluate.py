@@ -472,10 +472,13 @@ def test_without_a_checkpoint_it_says_so(tmp_path, monkeypatch, command):
     assert "R@1" in command("--task", "chestxray14", "--encoder", "pixels")
 
 
-def test_wrong_usage_is_exit_code_2_and_errors_are_one_line(tmp_path, command):
+def test_wrong_usage_is_exit_code_2_and_errors_are_one_line(tmp_path, command, monkeypatch):
     for arguments in ([], ["--task", "nonsense"], ["--embeddings", "a.npz"], ["--task", "all", "--cache", "cache/a"]):
         with pytest.raises(SystemExit, match="2"):
             command(*arguments)
+    with monkeypatch.context() as torchrun, pytest.raises(SystemExit, match="2"):
+        torchrun.setenv("WORLD_SIZE", "2")
+        command("--task", "demo")
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", "--task", "hyper_kvasir"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=300)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
