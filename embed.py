@@ -164,11 +164,23 @@ def load_embedder(name, checkpoint, device="cpu"):
 
 
 def sha256(path):
-    """Hash of a file's bytes; "" for no file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    """Hash of a file's bytes; "" for no file. UserError if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a checkpoint.pt written by train.py") from None
 
 
 # ------------------------------------------------------------------------------------------------------- embeddings
+def make_folder(path):
+    """Make a folder and those above it, if need be; returns it. UserError if that is impossible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror}): choose another place with --out") from None
+    return Path(path)
+
+
 def batches_of(rows):
     """Row numbers in batches of one shape, the same for any number of processes."""
     shapes = {}
@@ -195,8 +207,7 @@ def embed_rows(rows, embed, meta, out, device="cpu", workers=2):
     meta = meta | {"cache": rows[0]["folder"], "precision": "bfloat16" if gpu else "float32", "sizes": sizes_of(rows)}
     batches = batches_of(rows)
     key = hashlib.sha256(json.dumps([meta, [(row["id"], row["shape"]) for row in rows]]).encode()).hexdigest()[:16]
-    parts = Path(f"{out}.parts", key)  # the key keeps other rows and encoders apart
-    parts.mkdir(parents=True, exist_ok=True)
+    parts = make_folder(Path(f"{out}.parts", key))  # the key keeps other rows and encoders apart
     todo = [i for i in range(rank, len(batches), world) if not (parts / f"{i}.npy").exists()]
     loader = DataLoader(CachedDataset(rows), batch_sampler=[batches[i] for i in todo], num_workers=workers,
                         collate_fn=stack)

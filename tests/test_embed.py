@@ -315,6 +315,7 @@ def test_picture_marks_and_scales():
 @pytest.mark.parametrize("arguments, names", [
     (["nowhere", "--checkpoint", "x.pt"], "nowhere"), (["cache/mixed"], "--checkpoint"),
     (["cache/mixed", "--checkpoint", "text.pt"], "text.pt"), (["cache/mixed", "--checkpoint", "no.pt"], "no.pt"),
+    (["cache/mixed", "--encoder", "pixels", "--out", "text.pt/e.npz"], "text.pt/e.npz"),
     (["--search", "x.png", "--gallery", "missing.npz"], "missing.npz")])
 def test_what_a_user_gets_wrong_is_named(mixed_cache, arguments, names, command):
     Path("text.pt").write_text("not a checkpoint")
