@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from embed import embed_rows, first_k, fixed_point, load_embedder, picture, read_embeddings, sha256
+from embed import embed_rows, first_k, fixed_point, load_embedder, make_folder, picture, read_embeddings, sha256
 from model import save_montage
 from prepare import UserError, atomic_write, load_sample, read_samples
 
@@ -304,7 +305,7 @@ def embeddings_of(rows, encoder, checkpoint):
         digest = hashlib.sha256(json.dumps([encoder, sha256(checkpoint), stamps]).encode()).hexdigest()[:16]
         path = Path("results/embeddings", f"{Path(folder).name}-{digest}.npz")
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             embed_rows(members, *load_embedder(encoder, checkpoint, device), path, device)
         part, ids, meta = read_embeddings(path)
@@ -589,7 +590,8 @@ def render(header, rows, terms, markdown=False):
     lines = [[row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))] for row in rows]
     lines.insert(1, ["-" * width for width in widths])
     lines = [f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines]
-    return "\n".join(lines + [""] + [f"{'- ' * markdown}{term:9} {LEGEND[term]}" for term in terms])
+    legend = [textwrap.fill(f"{term:9} {LEGEND[term]}", 120, subsequent_indent=" " * 10) for term in terms]
+    return "\n".join([*lines, "", *(["- " + " ".join(line.split()) for line in legend] if markdown else legend)])
 
 
 def lines_of(result):
@@ -629,7 +631,7 @@ def save(path, results):
     protocol = " ".join(__doc__.partition("Protocol: ")[2].partition("\nLetters")[0].split())
     more = {"protocol": {"ranking": protocol, **LEGEND}, "versions": {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     with atomic_write(path) as file:
         file.write(json.dumps((results[0] if len(results) == 1 else {"rows": results}) | more, indent=1).encode())
     print(f"written: {path}")

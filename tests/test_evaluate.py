@@ -451,13 +451,16 @@ def test_scaling_finds_the_exponent_of_a_power_law(here, command):
 # ------------------------------------------------------------------------------------------------------------ errors
 @pytest.mark.parametrize("arguments, names", [
     (["--task", "chestxray14"], "cache/chestxray14"), (["--task", "cross_modal"], "--cache"),
-    (["--task", "all"], "cache/"), (["--task", "fetal_planes", "--cache", "cache/a"], "cache/a"),
+    (["--task", "all"], "cache/"), (["--task", "cross_modal", "--cache", "cache/a"], "cache/a"),
+    (["--task", "probe", "--cache", "cache/many", "--checkpoint", "no.pt"], "no.pt"),
+    (["--task", "fetal_planes", "--cache", "cache/a"], "cache/a"),
     (["--embeddings", "strange.npz", "--cache", "cache/a"], "strange.npz are not in cache/a"),
     (["--embeddings", "a.npz", "--cache", "cache/a", "--gallery", "wide.npz"], "wide.npz"),
     (["--embeddings", "a.npz", "--cache", "nowhere"], "nowhere"), (["--compare", "a.npz", "a.npz"], "a.npz"),
     (["--scaling", "missing.json"], "missing.json"), (["--task", "probe", "--cache", "cache/a"], "too few")])
 def test_what_a_user_gets_wrong_is_named(here, command, arguments, names):
     write_cache(here / "cache/a", "ct", [(), ()] if "fetal_planes" in arguments else [("x",), ("y",)])
+    write_cache(here / "cache/many", "ct", [("x",), ("y",)] * 20)
     for name, second, width in (("a", "a0001", 2), ("strange", "b", 2), ("wide", "a0001", 3)):
         write_embeddings(f"{name}.npz", np.ones((2, width), np.float32), ["a0000", second], {})
     with pytest.raises(UserError, match=names):
