@@ -214,7 +214,7 @@ def read_image(path, count=1, seed=0):
     except Image.UnidentifiedImageError as error:
         raise Refused("not a PNG, JPEG, TIFF or GIF file") from error
     deep = image.mode[0] in "IF"
-    if not deep and image.tile and "16" in str(image.tile[0]):
+    if not deep and ";16" in str(image.tile):
         warnings.warn("16-bit colour reduced to 8 bits", Note)
     if getattr(image, "n_frames", 1) == 1 or image.format == "MPO":
         return [image_frame(image)], deep
@@ -705,7 +705,7 @@ def guarded(task, batches, workers, seconds):
                 running[reader] = pid, batch, len(batch)
             for reader in connection.wait(list(running)):
                 pid, batch, size = running[reader]
-                with contextlib.suppress(EOFError):
+                with contextlib.suppress(EOFError, OSError):  # the child is gone, maybe in the middle of a word
                     answer = json.loads(reader.recv_bytes())
                     if "fatal" in answer:
                         raise UserError(answer["fatal"])
@@ -1201,7 +1201,10 @@ def run(source, folder, jobs, options):
                 todo.append(job)  # not yet made, or the source is newer
         answers = guarded(lambda job: cache_sample(job, source, recipe, folder), batches_of(todo), options.workers,
                           lambda job: SECONDS + about[job.id][0] // 1_000_000)
-        for job, answer in tqdm(answers, total=len(todo), unit="sample", desc=folder.name, disable=not todo):
+        bar, refused = tqdm(answers, total=len(todo), unit="sample", desc=folder.name, disable=not todo), 0
+        for job, answer in bar:
+            refused += "refused" in answer
+            bar.set_postfix(refused=refused, refresh=False)
             if "ok" in answer:
                 records[job.id] = {"id": job.id, "bytes": about[job.id][0], **answer["ok"]}
             else:

@@ -109,11 +109,13 @@ def benchmark_prepare():
         noise = np.random.default_rng(0).integers(0, 40, (1024, 1024)) + np.arange(1024) // 5
         Image.fromarray(noise.astype(np.uint8)).save(folder / "xray.png")
         print("one core, CPU seconds a sample (peak MiB)       ours           MONAI       ratio")
-        for name, title, repeat in (("xray.png", "PNG 1024 x 1024", 20), ("series", "300 raw DICOM slices 512 x 512", 2),
+        for name, title, repeat in (("xray.png", "PNG 1024 x 1024", 20),
+                                    ("series", "300 raw DICOM slices 512 x 512", 2),
                                     ("ct.nii.gz", "NIfTI .nii.gz 512 x 512 x 300", 2)):
             own = measure(ours, folder / name, repeat)
             other = measure(monai, folder / name, repeat) if beside else (float("nan"),) * 2
-            print(f"{title:40} {own[0]:9.3f} ({own[1]:5.0f}) {other[0]:9.3f} ({other[1]:5.0f}) {other[0] / own[0]:7.1f}")
+            print(f"{title:40} {own[0]:9.3f} ({own[1]:5.0f}) {other[0]:9.3f} ({other[1]:5.0f}) "
+                  f"{other[0] / own[0]:7.1f}")
 
 
 if __name__ == "__main__":
