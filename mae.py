@@ -6,13 +6,14 @@ In:  x (B, C, H, W, S) normalised to [-1, 1], no augmentation. Out: the mean squ
     python mae.py runs/mae/checkpoint.pt FILE --out recon.png      # draws original, masked and reconstruction
 """
 import argparse
+import math
 import sys
 
 import torch
 from torch import nn
 
-from model import (ViT, Block, block_flops, denormalize, expand, init_weights, load_exactly, normalize, patchify, read_checkpoint,
-                   save_montage, sincos_positions, take_frames, unit, unpatchify)
+from model import (Block, ViT, block_flops, denormalize, expand, init_weights, load_exactly, normalize, patchify, read_checkpoint,
+                   run_blocks, save_montage, sincos_positions, take_frames, unit, unpatchify)
 from prepare import UserError, read_any
 
 TARGET_EPS = 1e-6  # added to a patch's variance by norm_pix: zero padding makes constant patches
@@ -52,15 +53,19 @@ class MAE(nn.Module):
 
     def inputs(self, x, generator):
         """Samples in [0, 1] and a CPU generator -> the arguments of `forward`. No augmentation (Sec. 3.4)."""
-        h, w, s = self.encoder.grid(x.shape[2:])
-        noise = torch.rand(len(x), h * w * s, generator=generator).to(x.device)  # (B, N)
+        n = math.prod(self.encoder.grid(x.shape[2:]))
+        noise = torch.rand(len(x), n, generator=generator).to(x.device)  # (B, N)
         return normalize(x), noise
+
+    def n_visible(self, n):
+        """How many of n patches stay visible: (1 - alpha) N, at least one."""
+        return max(1, round(n * (1 - self.mask_ratio)))
 
     def mask(self, noise):
         """noise (B, N) -> visible (B, (1-alpha)N) and hidden (B, alpha N) indices: the patches of lowest noise stay visible."""
         order = noise.argsort(dim=1)  # (B, N), a random permutation of each sample's patches
-        n_visible = max(1, round(noise.shape[1] * (1 - self.mask_ratio)))
-        return order[:, :n_visible], order[:, n_visible:]
+        n = self.n_visible(noise.shape[1])
+        return order[:, :n], order[:, n:]
 
     def encode(self, x, visible):
         """f_theta(P_vis): the encoder sees the visible patches only, at their own positions -> (B, (1-alpha)N, D)."""
@@ -74,9 +79,7 @@ class MAE(nn.Module):
         order = torch.cat([visible, hidden], dim=1)  # (B, N), where each of them sits in the image
         positions = sincos_positions(grid, tokens.shape[-1], tokens.device)  # (N, d)
         tokens = tokens + positions[order]  # (B, N, d)
-        for block in self.decoder_blocks:
-            tokens = block(tokens)  # (B, N, d)
-        tokens = tokens[:, visible.shape[1]:]  # (B, alpha N, d)
+        tokens = run_blocks(self.decoder_blocks, tokens)[:, visible.shape[1]:]  # (B, alpha N, d)
         return self.decoder_pred(self.decoder_norm(tokens))  # (B, alpha N, P)
 
     def target(self, x, hidden):
@@ -92,19 +95,18 @@ class MAE(nn.Module):
 
     def forward(self, x, noise=None):
         """x (B, C, H, W, S) in [-1, 1]; noise (B, N) decides the mask -> scalar loss, {"mse": loss}."""
-        h, w, s = self.encoder.grid(x.shape[2:])
-        noise = torch.rand(len(x), h * w * s, device=x.device) if noise is None else noise  # (B, N)
+        grid = self.encoder.grid(x.shape[2:])
+        noise = torch.rand(len(x), math.prod(grid), device=x.device) if noise is None else noise  # (B, N)
         visible, hidden = self.mask(noise)
         latent = self.encode(x, visible)
-        prediction = self.decode(latent, visible, hidden, (h, w, s))
+        prediction = self.decode(latent, visible, hidden, grid)
         loss = self.loss(prediction, self.target(x, hidden)[0])
         return loss, {"mse": loss.detach()}
 
     def flops(self, x):
         """Model floating point operations of a training step per sample: forward and twice that backward."""
-        h, w, s = self.encoder.grid(x.shape[2:])
-        visible, _ = self.mask(torch.empty(1, h * w * s))
-        return 3 * (block_flops(self.encoder.blocks, visible.shape[1]) + block_flops(self.decoder_blocks, h * w * s))
+        n = math.prod(self.encoder.grid(x.shape[2:]))
+        return 3 * (block_flops(self.encoder.blocks, self.n_visible(n)) + block_flops(self.decoder_blocks, n))
 
     def after_step(self, progress, total_steps):
         """Nothing to do after an optimizer step (SimDINO moves its teacher here)."""

@@ -8,7 +8,9 @@ Letters, here and in every other file:
   h w s patch grid, N = h*w*s tokens; D token width, d projected width; V views; K neighbours; m samples in a coding rate.
 """
 import math
+import warnings
 import zipfile
+from collections import OrderedDict
 from pickle import UnpicklingError
 
 import torch
@@ -30,6 +32,12 @@ RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) 
 def unit(x):
     """Cached samples, uint8 or float16 (..., any shape) -> float32 in [0, 1]."""
     return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+
+
+def stack(samples):
+    """Cached samples of one shape (C, H, W, S) -> (B, C, H, W, S); 8-bit ones beside deeper ones become float32 first."""
+    mixed = len({sample.dtype for sample in samples}) > 1
+    return torch.stack([unit(sample) if mixed else sample for sample in samples])  # (B, C, H, W, S)
 
 
 def normalize(x):
@@ -126,39 +134,36 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
 
-class Mlp(nn.Module):
-    """Two-layer perceptron with GELU, (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block; drop_path is the chance that a sample skips a branch (stochastic depth, training only)."""
+    """Pre-norm transformer block (B, N, D) -> (B, N, D); scale (2, B, 1, 1) weighs its two branches (stochastic depth)."""
 
-    def __init__(self, dim, heads, drop_path=0.0):
+    def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim)
-        self.drop_path = drop_path
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def skip(self, x):
-        """Drop whole samples of a branch (B, N, D) and scale the others, so that the expectation is unchanged."""
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path  # (B, 1, 1)
-        return x * keep / (1 - self.drop_path)
+    def forward(self, x, scale=(1.0, 1.0)):
+        x = x + scale[0] * self.attn(self.norm1(x))
+        return x + scale[1] * self.mlp(self.norm2(x))
 
-    def forward(self, x):
-        x = x + self.skip(self.attn(self.norm1(x)))
-        return x + self.skip(self.mlp(self.norm2(x)))
+
+def run_blocks(blocks, tokens, scales=None):
+    """Tokens (B, N, D) through blocks -> (B, N, D); long sequences keep no activations and recompute them."""
+    recompute = torch.is_grad_enabled() and tokens.shape[1] > RECOMPUTE_ABOVE
+    for block, scale in zip(blocks, [(1.0, 1.0)] * len(blocks) if scales is None else scales):
+        tokens = checkpoint(block, tokens, scale, use_reentrant=False) if recompute else block(tokens, scale)
+    return tokens
+
+
+def drop_branches(rate, depth, B, device):
+    """Stochastic depth: scales (depth, 2, B, 1, 1), 0 where a sample skips a branch, else 1 / (1 - its chance to).
+
+    The chance grows from 0 in the first block to `rate` in the last, as in DINO; the expected branch is unchanged.
+    """
+    rates = torch.linspace(0, rate, depth, device=device).view(depth, 1, 1, 1, 1)
+    return (torch.rand(depth, 2, B, 1, 1, device=device) >= rates) / (1 - rates)
 
 
 def init_weights(module):
@@ -190,30 +195,35 @@ class ViT(nn.Module):
         self.config = {"arch": arch, "patch_size": list(patch_size), "cls_token": cls_token}
         self.patch_size = tuple(patch_size)
         self.dim, depth, heads = ARCHS[arch]
+        self.drop_path = drop_path
         self.patch_embed = PatchEmbed(self.patch_size, self.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim)) if cls_token else None
-        self.blocks = nn.ModuleList(Block(self.dim, heads, drop_path * i / (depth - 1)) for i in range(depth))  # grows, as in DINO
+        self.blocks = nn.ModuleList(Block(self.dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.apply(init_weights)
         if cls_token:
             nn.init.normal_(self.cls_token, std=0.02)
 
     def grid(self, size):
-        """Patch grid (h, w, s) of samples of a size (H, W, S)."""
+        """Patch grid (h, w, s) of samples of a size (H, W, S); an image, S = 1, counts as one patch deep."""
+        if any(n % p for n, p in zip(size, self.patch_size) if n > 1):
+            raise UserError(f"samples of {'x'.join(map(str, size))} are not whole patches of "
+                            f"{'x'.join(map(str, self.patch_size))}: prepare them with another --size, --slices or --frames")
         return tuple(max(1, n // p) for n, p in zip(size, self.patch_size))
 
     def tokens(self, x):
         """(B, C, H, W, S) -> (B, N, D): patches, projected, with their positions."""
+        positions = sincos_positions(self.grid(x.shape[2:]), self.dim, x.device)  # (N, D)
         patches = patchify(expand(x, self.patch_size[-1]), self.patch_size)  # (B, N, P)
-        return self.patch_embed(patches) + sincos_positions(self.grid(x.shape[2:]), self.dim, x.device)  # (B, N, D)
+        return self.patch_embed(patches) + positions  # (B, N, D)
 
     def encode(self, tokens):
         """(B, N, D), all tokens or any subset of them -> (B, [1+]N, D)."""
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)  # (B, 1+N, D)
-        recompute = self.training and torch.is_grad_enabled() and tokens.shape[1] > RECOMPUTE_ABOVE
-        for block in self.blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)  # (B, [1+]N, D)
+        drop = self.training and self.drop_path > 0
+        scales = drop_branches(self.drop_path, len(self.blocks), len(tokens), tokens.device) if drop else None
+        tokens = run_blocks(self.blocks, tokens, scales)  # (B, [1+]N, D)
         return self.norm(tokens)
 
     def forward(self, x):
@@ -231,40 +241,40 @@ def pool(tokens, how, cls_token=True):
 
     how: avg (mean of the patch tokens), cls, or mix = [CLS, avg]. cls_token: whether the first token is a CLS token.
     """
-    avg = tokens[:, int(cls_token):].float().mean(dim=1)  # (B, D)
-    if how == "avg":
-        return avg
-    if how not in ("cls", "mix"):
+    if how not in ("avg", "cls", "mix"):
         raise UserError(f"unknown pooling {how!r}: choose avg, cls or mix")
-    if not cls_token:
+    if how != "avg" and not cls_token:
         raise UserError(f"pooling {how!r} needs a CLS token, which this encoder (MAE) has not: use --pool avg")
-    cls = tokens[:, 0].float()  # (B, D)
-    return cls if how == "cls" else torch.cat([cls, avg], dim=1)  # (B, D) or (B, 2D)
+    parts = [tokens[:, 0].float()] if how != "avg" else []  # (B, D)
+    parts += [tokens[:, int(cls_token):].float().mean(dim=1)] if how != "cls" else []  # (B, D)
+    return torch.cat(parts, dim=1)  # (B, D) or (B, 2D)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 def save_checkpoint(path, encoder, **state):
     """Write {config, encoder, **state} atomically; tensors and plain types only, so that weights_only loading works."""
-    with atomic_write(path) as file:
-        torch.save({"config": encoder.config, "encoder": encoder.state_dict(), **state}, file)
+    try:
+        with atomic_write(path) as file:
+            torch.save({"config": encoder.config, "encoder": encoder.state_dict(), **state}, file)
+    except RuntimeError as error:  # what torch raises on a full disk
+        raise UserError(f"cannot write {path}: is the disk full? ({str(error).splitlines()[0]})") from error
 
 
 def read_checkpoint(path):
     """File -> dict on the CPU. UserError if it is missing, damaged (each part's CRC is checked) or not a checkpoint."""
     advice = "give a checkpoint.pt written by train.py"
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise UserError(f"{path} is damaged (a checksum differs): use an earlier checkpoint of the run")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise UserError(f"{path} is damaged (a checksum differs): use an earlier checkpoint of the run")
+        with warnings.catch_warnings(action="ignore"):  # about the format of what is no checkpoint
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {advice}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): {advice}") from None
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as error:  # torch raises the last four
-        raise UserError(f"{path} is not a PyTorch file or is cut short ({type(error).__name__}): {advice}") from None
-    except UnpicklingError:
-        raise UserError(f"{path} holds more than tensors and plain values and was not loaded: {advice}") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from None
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+        raise UserError(f"{path} is no PyTorch file, is cut short, or holds more than tensors and plain values "
+                        f"({type(error).__name__}): {advice}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no dictionary: {advice}")
     return state
@@ -290,29 +300,32 @@ def load_exactly(module, weights, path):
     module.load_state_dict(weights)
 
 
+LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of public 2D checkpoints
+
+
 def init_from_2d(encoder, path):
-    """Start from a public 2D ViT of the timm / DINO / MAE family, or from a checkpoint of ours (`train.py --init`).
+    """Start from a public 2D ViT of the timm, DINO or MAE family, or from a checkpoint of ours (`train.py --init`).
 
     The 2D patch kernel (D, 3, ph, pw) is inflated over the slices and divided by their number, so that an image replicated
-    over S gives the 2D network's patch tokens. CHOICE: learned positions and heads are left out, positions here are fixed;
-    a missing CLS token keeps its random start. Everything else must be there and fit.
+    over S gives the 2D network's patch tokens. CHOICE: learned positions and heads are left out, positions here are fixed; a
+    missing CLS token keeps its random start. Everything else must be there and fit.
     """
     state = read_checkpoint(path)
     for key in ("encoder", "teacher", "model", "state_dict"):  # where DINO, MAE and others nest their weights
-        state = state.get(key, state) if isinstance(state.get(key), dict) else state
-    state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
-    own = encoder.state_dict()
+        state = state[key] if isinstance(state.get(key), dict) else state
+    state = {key.removeprefix("module.").removeprefix("backbone.").replace("fc_norm.", "norm."): value
+             for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(LEFT_OUT)}
     kernel = state.get("patch_embed.proj.weight")
     if kernel is not None and kernel.dim() == 4:
         ps = encoder.patch_size[-1]
-        kernel = kernel.permute(0, 2, 3, 1)[:, :, :, None]  # (D, ph, pw, 1, 3)
-        state["patch_embed.proj.weight"] = (kernel / ps).expand(-1, -1, -1, ps, -1).flatten(1)  # (D, P)
-    if any(".ls1." in k or "attn.q_norm" in k for k in state):
-        raise UserError(f"{path} has layer scale or query norms, which this plain ViT has not: --init takes ViTs of the "
-                        "timm, DINO (v1) or MAE kind")
-    if encoder.cls_token is not None and "cls_token" not in state:
-        state["cls_token"] = own["cls_token"]
-    load_exactly(encoder, {k: v for k, v in state.items() if k in own}, path)
+        kernel = kernel.permute(0, 2, 3, 1)[:, :, :, None] / ps  # (D, ph, pw, 1, 3)
+        state["patch_embed.proj.weight"] = kernel.expand(-1, -1, -1, ps, -1).flatten(1)  # (D, P)
+    if encoder.cls_token is None:
+        state.pop("cls_token", None)
+    else:
+        state.setdefault("cls_token", encoder.cls_token.data)
+    load_exactly(encoder, state, path)
 
 
 # --------------------------------------------------------------------------------------------------------- pictures

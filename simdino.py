@@ -42,17 +42,18 @@ def resample_matrix(start, length, n_in, n_out, flip=None):
     the step (antialiasing); the whole axis at its own size is the identity exactly.
     """
     step = (length / n_out)[:, None]  # (B, 1) input cells per output cell
-    centre = start[:, None] + (torch.arange(n_out) + 0.5) * step - 0.5  # (B, n_out), cell centres (align_corners=False)
+    centre = start[:, None] + (torch.arange(n_out, device=start.device) + 0.5) * step - 0.5  # (B, n_out), cell centres (align_corners=False)
     if flip is not None:
         centre = torch.where(flip[:, None], centre.flip(1), centre)  # (B, n_out)
-    distance = (torch.arange(n_in) - centre.clamp(0, n_in - 1)[:, :, None]).abs()  # (B, n_out, n_in)
+    distance = (torch.arange(n_in, device=start.device) - centre.clamp(0, n_in - 1)[:, :, None]).abs()  # (B, n_out, n_in)
     weight = (1 - distance / step.clamp(min=1)[:, :, None]).clamp(min=0)  # (B, n_out, n_in)
     return weight / weight.sum(dim=2, keepdim=True)
 
 
 def blur_matrix(sigma, n):
     """Gaussian blur of n cells, sigma (B,) in cells, as matrices (B, n, n); borders are renormalised, sigma 0 is identity."""
-    distance = torch.arange(n)[:, None] - torch.arange(n)  # (n, n)
+    cells = torch.arange(n, device=sigma.device)
+    distance = cells[:, None] - cells  # (n, n)
     weight = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None, None]).square())  # (B, n, n)
     return weight / weight.sum(dim=2, keepdim=True)
 
@@ -62,7 +63,7 @@ def apply_matrices(x, matrices):
     for axis, matrix in enumerate(matrices, start=2):
         if matrix is not None:
             x = x.movedim(axis, -1)  # the axis last
-            x = torch.einsum("b...i,boi->b...o", x, matrix.to(x.device)).movedim(-1, axis)  # n_in -> n_out on this axis
+            x = torch.einsum("b...i,boi->b...o", x, matrix).movedim(-1, axis)  # n_in -> n_out on this axis
     return x
 
 
@@ -86,15 +87,15 @@ def make_view(x, kind, size, u):
         length = sides[axis].clamp(max=1) * n_in  # CHOICE: a side that would stick out is cut to the sample
         start = u[:, 2 + axis] * (n_in - length)
         matrices[axis] = resample_matrix(start, length, n_in, n_out, flip if axis == 1 else None)  # Resize
-        if blur is not None:  # the shift between resize and blur commutes with it: rows sum to one
+        if blur is not None:  # blur and shift commute, rows sum to one; only the clipping now comes after both
             matrices[axis] = blur_matrix(blur, n_out) @ matrices[axis]  # (B, n_out, n_in)
     x = apply_matrices(x, matrices)
     if kind != "local":  # RandShiftIntensity, clipped to the range of the data
         shift = torch.where(u[:, 8] < PROBABILITY, between(9, -SHIFT, SHIFT), 0)
-        x = (x + shift.to(x.device)[:, None, None, None, None]).clamp(0, 1)
+        x = (x + shift[:, None, None, None, None]).clamp(0, 1)
     if kind == "global2":  # Contrast adjust
         gamma = torch.where(u[:, 10] < PROBABILITY, between(11, *GAMMA), 1)
-        x = x ** gamma.to(x.device)[:, None, None, None, None]
+        x = x ** gamma[:, None, None, None, None]
     return x
 
 
@@ -104,15 +105,19 @@ def view_size(x, scale, patch):
     return size[:2] + [x.shape[-1]] if x.shape[-1] == 1 or is_video(x) else size
 
 
+def n_local_views(x, local_views):
+    """local_views of an image (Fig. 3a varies them), 4 of a video or volume (Sec. 3.3)."""
+    return local_views if x.shape[-1] == 1 else LOCAL_VIEWS_3D
+
+
 def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=None):
     """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> two global and 10 (2D) or 4 local views, normalised to [-1, 1].
 
     Each view is (B, 3, H', W', S'). The random numbers come from a CPU generator whatever the device, one row per sample:
-    a sample's views depend neither on its batch mates nor on the hardware. local_views: for 2D samples (Fig. 3a).
+    a sample's views depend neither on its batch mates nor, but for rounding, on the hardware.
     """
-    n_local = local_views if x.shape[-1] == 1 else LOCAL_VIEWS_3D
-    kinds = ["global1", "global2"] + ["local"] * n_local
-    u = torch.rand(len(x), len(kinds), 12, generator=generator)  # (B, V, 12)
+    kinds = ["global1", "global2"] + ["local"] * n_local_views(x, local_views)
+    u = torch.rand(len(x), len(kinds), 12, generator=generator).to(x.device)  # (B, V, 12)
     sizes = {kind: view_size(x, LOCAL_SIZE if kind == "local" else GLOBAL_SIZE, patch_size) for kind in kinds}
     views = [make_view(x, kind, sizes[kind], u[:, v]) for v, kind in enumerate(kinds)]
     return [expand(normalize(view), patch_size[-1]) for view in views]  # Normalize last, then C = 3 (Algorithm 1)
@@ -168,7 +173,7 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
         V, B, d = student.shape
         distance = 0.5 * (student[None] - teacher[:, None]).square().sum(dim=-1)  # (2, V, B)
         different = ~torch.eye(2, V, dtype=torch.bool, device=student.device)  # (2, V)
-        alignment = distance[different].mean()  # over 2 V - 2 pairs and B samples
+        alignment = (distance * different[..., None]).sum() / (2 * (V - 1) * B)  # mean over 2 V - 2 pairs, B samples
         everyone = [gather(student[view]) for view in (0, 1)]  # each (m, d)
         rate = sum(coding_rate(z, eps) for z in everyone) / 2
         m = len(everyone[0])
@@ -208,8 +213,7 @@ class SimDINO(nn.Module):
         self.config = dict(local_views=local_views, eps=eps, gamma=gamma)
         self.student = Branch(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        for block in self.teacher.encoder.blocks:
-            block.drop_path = 0.0
+        self.teacher.encoder.drop_path = 0.0
 
     @property
     def encoder(self):
@@ -235,8 +239,7 @@ class SimDINO(nn.Module):
         encoder = self.encoder
         big, small = (block_flops(encoder.blocks, 1 + math.prod(encoder.grid(view_size(x, scale, encoder.patch_size))))
                       for scale in (GLOBAL_SIZE, LOCAL_SIZE))
-        n_local = self.config["local_views"] if x.shape[-1] == 1 else LOCAL_VIEWS_3D
-        return 2 * (3 + 1) * big + n_local * 3 * small
+        return 2 * (3 + 1) * big + n_local_views(x, self.config["local_views"]) * 3 * small
 
     @torch.no_grad()
     def after_step(self, progress, total_steps):
