@@ -30,7 +30,7 @@ import time
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe, connection
 from pathlib import Path
 
@@ -608,33 +608,24 @@ class Job:
     id: str = ""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The options that decide a cached array."""
-    size: int = 256
-    slices: int = 64
-    frames: int = 16
-    version: int = VERSION
-
-
-def decode(job, files, recipe):
+def decode(job, files, size, slices, frames):
     """Read a job's files -> array (C, H, W, S), uint8 from 8-bit sources and float16 from deeper ones."""
     seed, deep = int(job.id, 16), False
     if job.kind in ("nifti", "series"):
         volume = read_nifti(files[0]) if job.kind == "nifti" else read_series(files, job.modality)
         voxels, affine, slope, intercept = fill_blank(*volume, **job.blank) if job.blank else volume
-        x = volume_to_array(voxels, affine, slope, intercept, job.modality, recipe.size, recipe.slices)
+        x = volume_to_array(voxels, affine, slope, intercept, job.modality, size, slices)
         deep = voxels.dtype.itemsize > 1
     else:
         if job.kind == "image":
-            frames, deep = read_image(files[0], recipe.frames, seed)
+            planes, deep = read_image(files[0], frames, seed)
         elif job.kind == "video":
-            frames = read_video(files[0], recipe.frames, seed)
+            planes = read_video(files[0], frames, seed)
         elif job.kind == "dicom":
-            frames, deep = read_dicom(files[0], job.modality, recipe.frames, seed)
+            planes, deep = read_dicom(files[0], job.modality, frames, seed)
         else:
-            frames = [read_image(path)[0][0] for path in in_order(files, recipe.frames, seed)]
-        x = frames_to_array(frames, len(frames) > 1 or job.modality == "endoscopy", recipe.size)  # (C, H, W, S)
+            planes = [read_image(path)[0][0] for path in in_order(files, frames, seed)]
+        x = frames_to_array(planes, len(planes) > 1 or job.modality == "endoscopy", size)  # (C, H, W, S)
     return x.clamp(0, 1).half().numpy() if deep else x.mul(255).round().clamp(0, 255).byte().numpy()
 
 
@@ -646,11 +637,11 @@ def fill_blank(voxels, affine, slope, intercept, spacing, scale=None):
     return voxels, np.diag([-spacing[0], -spacing[1], spacing[2], 1]), slope, intercept
 
 
-def cache_sample(job, source, recipe, folder):
+def cache_sample(job, source, folder, size, slices, frames):
     """Decode a job and write its array; returns the journal's record of it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        array = decode(job, [os.path.join(source, path) for path in job.files], recipe)
+        array = decode(job, [os.path.join(source, path) for path in job.files], size, slices, frames)
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     with atomic_write(Path(folder) / f"{job.id}.npy") as file:
@@ -731,7 +722,7 @@ def cause_of_death(status):
     return {"SIGALRM": "timed out", "SIGKILL": "killed, out of memory?"}.get(name, f"decoder crashed ({name})")
 
 
-# ---- sources: generators of jobs and of (path, reason) for what is left out -----------------------------------------
+# ---- sources: which files make samples (jobs), and (path, reason) of those left out ---------------------------------
 def walk(source):
     """Relative paths of the regular files below `source`, sorted, and (path, why it is not used) of everything else."""
     files, refused = [], []
@@ -872,9 +863,8 @@ def read_headers(source, paths, workers):
     return {path: head for path, head in headers.items() if head}, refused
 
 
-def any_folder(source, options, only=None):
+def any_folder(source, files, options):
     """Any tree of files; labels.csv (path, labels and perhaps patient, split, modality) goes before DICOM headers."""
-    files, refused = ([only], []) if only else walk(source)
     rows = {os.path.normpath(row.get("path", "")): row for row in table(options.labels)} if options.labels else {}
     if not all({"path", "labels"} <= {*row} and row.get("modality", "") in ("", *MODALITIES) for row in rows.values()):
         raise UserError(f"{options.labels}: needs columns path and labels; modality is one of {', '.join(MODALITIES)}")
@@ -883,16 +873,16 @@ def any_folder(source, options, only=None):
         row = rows.get(path) or rows.get(os.path.dirname(path) or ".") or {}
         return row.get("modality") or options.modality
 
-    kinds = {}
+    kinds, found = {}, []
     for path in files:
         full = os.path.join(source, path)
         try:
             if not options.labels or os.path.realpath(full) != os.path.realpath(options.labels):
                 kinds[path] = kind_of(full)
         except OSError as error:
-            refused.append((path, explain(error)))
+            found.append((path, explain(error)))
     headers, unread = read_headers(source, [path for path in kinds if kinds[path] == "dicom"], options.workers)
-    found = [*refused, *unread, *dicom_jobs(headers, modality, options.allow_2d)]
+    found += [*unread, *dicom_jobs(headers, modality, options.allow_2d)]
     for path, kind in kinds.items():
         if not kind:
             found.append((path, "not a DICOM, NIfTI, image or video file"))
@@ -909,22 +899,11 @@ def any_folder(source, options, only=None):
     return found
 
 
-def demo(source, options):
-    """The phantoms of tests/phantoms.py, written as real files and read like any others."""
-    if not os.path.exists(os.path.join(source, "labels.csv")):
-        from tests.phantoms import write_demo
-        write_demo(Path(source))
-    options.labels = os.path.join(source, "labels.csv")
-    return any_folder(source, options)
-
-
-def chestxray14(source, options):
+def chestxray14(source, files, options):
     """images/*.png or images_001/images/*.png ...; labels by Data_Entry, split by the official lists."""
-    files, refused = walk(source)
     rows = {row["Image Index"]: row for row in table(Path(source, named(files, r"Data_Entry_2017.*\.csv")[0]))}
     split = {name: part for part, listed in (("train", "train_val_list.txt"), ("test", "test_list.txt"))
              for name in Path(source, named(files, listed)[0]).read_text().split()}
-    yield from refused
     for path in files:
         name = os.path.basename(path)
         if name in rows:
@@ -935,11 +914,9 @@ def chestxray14(source, options):
             yield path, "not in the data set's table, or twice here"
 
 
-def fetal_planes(source, options):
+def fetal_planes(source, files, options):
     """Images/*.png; plane, patient and split by FETAL_PLANES_DB_data.csv (; separated, blanks in header and cells)."""
-    files, refused = walk(source)
     rows = {row["Image_name"]: row for row in table(Path(source, named(files, r"FETAL_PLANES_DB_data\.csv")[0]))}
-    yield from refused
     for path in files:
         row = rows.get(Path(path).stem)
         if path.endswith(".png"):
@@ -952,13 +929,11 @@ KVASIR_CLASSES = {re.sub("[^a-z]", "", name.lower()): name for name in (
     "Polyp", "Ileocecal valve", "Lymphangiectasia", "Normal clean mucosa", "Pylorus", "Reduced mucosal view", "Ulcer")}
 
 
-def kvasir_capsule(source, options):
+def kvasir_capsule(source, files, options):
     """CLASS/VIDEO_FRAME.jpg: runs of consecutive frames of one class in one video are clips (Appendix C).
 
     DEVIATION: the paper reports 344 clips; its rule as written, at least 16 frames, gives 261 on the 11 larger classes.
     """
-    files, refused = walk(source)
-    yield from refused
     frames = defaultdict(dict)  # some frames are in two classes: the class is part of the key
     for path in files:
         label = KVASIR_CLASSES.get(re.sub("[^a-z]", "", os.path.basename(os.path.dirname(path)).lower()))
@@ -989,11 +964,9 @@ HYPER_KVASIR = {finding: category for category, findings in {
     for finding in findings.split("/")}
 
 
-def hyper_kvasir(source, options):
+def hyper_kvasir(source, files, options):
     """labeled-videos/**/UUID.avi; category by Finding 1 of video-labels.csv, none where no category fits."""
-    files, refused = walk(source)
     rows = {row["Video file"]: row for row in table(Path(source, named(files, r"video-labels\.csv")[0]))}
-    yield from refused
     for path in files:
         if path.lower().endswith(SUFFIXES["video"]):
             finding = rows.get(Path(path).stem, {}).get("Finding 1", "").lower()
@@ -1005,13 +978,12 @@ def hyper_kvasir(source, options):
 SCAN = re.compile(r"((train|valid)_\d+)_([a-z]+)_(\d+)\.nii\.gz")  # 1 patient, 2 split, 3 scan, 4 reconstruction
 
 
-def ct_rate(source, options):
+def ct_rate(source, files, options):
     """(train|valid)[_fixed]/**/*.nii.gz: one reconstruction of each scan, 18 abnormalities as finding:NAME labels.
 
     Volumes of *_fixed hold HU under a true header; scale and spacing of the others are in the metadata tables;
     RadGenome's *_preprocessed are HU at 1 x 1 x 3 mm. The last two lie as LPS under a blank header.
     """
-    files, refused = walk(source)
     tables = [os.path.join(source, path) for path in files]
     if options.labels:
         tables += [os.path.join(options.labels, path) for path in walk(options.labels)[0]]
@@ -1024,7 +996,6 @@ def ct_rate(source, options):
     if any(original for original, *_ in volumes):
         paths = named(tables, r"(train|validation)_metadata\.csv")
         metadata = {row["VolumeName"]: row for path in paths for row in table(path)}
-    yield from refused
     seen = set()
     for original, _, patient, scan, path in volumes:
         name = os.path.basename(path)
@@ -1073,7 +1044,7 @@ def chest_labels(tables, dataset):
 
 # scanner, what the paper counts, how many of them
 DATASETS = {
-    "demo": (demo, None, ""), "folder": (any_folder, None, ""),
+    "demo": (any_folder, None, ""), "folder": (any_folder, None, ""),
     "chestxray14": (chestxray14, lambda job: job.split == "test" and len(job.labels) == 1, "7,992 (one finding, test)"),
     "fetal_planes": (fetal_planes, lambda job: job.labels != ("Other",), "8,188 images of 5 planes"),
     "kvasir_capsule": (kvasir_capsule, lambda job: True, "344 clips"),
@@ -1152,7 +1123,8 @@ def write_tables(folder, jobs, refused):
 
 def check_recipe(folder, dataset, recipe, key):
     """One cache, one data set, recipe and key: different shapes, or ids of different keys, are never mixed."""
-    wanted, path = asdict(recipe) | {"dataset": dataset, "key": pseudonym(key, "which key")}, folder / "recipe.json"
+    path = folder / "recipe.json"
+    wanted = {**recipe, "version": VERSION, "dataset": dataset, "key": pseudonym(key, "which key")}
     if not path.exists():
         with atomic_write(path) as file:
             file.write(json.dumps(wanted).encode())
@@ -1186,9 +1158,9 @@ def size_and_time(job, source):
     return sum(info.st_size for info in infos), max(info.st_mtime_ns for info in infos)
 
 
-def run(source, folder, jobs, options):
+def run(source, folder, jobs, recipe, options):
     """Make the arrays this shard lacks; each is written, then journalled: a kill loses only what was in work."""
-    recipe, (part, parts) = Recipe(options.size, options.slices, options.frames), options.shard
+    part, parts = options.shard
     mine = {job.id: job for job in jobs if int(job.id, 16) % parts == part % parts}
     about, path = {}, folder / f".journal-{part % parts}-of-{parts}.jsonl"
     with open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600), "ab", buffering=0) as journal:
@@ -1199,8 +1171,8 @@ def run(source, folder, jobs, options):
             record = records.get(job.id, {})
             if record.get("bytes") != size or os.stat(folder / f"{job.id}.npy").st_mtime_ns < changed < time.time_ns():
                 todo.append(job)  # not yet made, or the source is newer
-        answers = guarded(lambda job: cache_sample(job, source, recipe, folder), batches_of(todo), options.workers,
-                          lambda job: SECONDS + about[job.id][0] // 1_000_000)
+        answers = guarded(lambda job: cache_sample(job, source, folder, *recipe.values()), batches_of(todo),
+                          options.workers, lambda job: SECONDS + about[job.id][0] // 1_000_000)
         bar, refused = tqdm(answers, total=len(todo), unit="sample", desc=folder.name, disable=not todo), 0
         for job, answer in bar:
             refused += "refused" in answer
@@ -1286,14 +1258,15 @@ def read_any(path, modality=None, size=256, slices=64, frames=16):
     source, only = (path, None) if os.path.isdir(path) else os.path.split(path)
     options = argparse.Namespace(modality=modality, labels=None, workers=1, allow_2d=bool(only),
                                  guess={"video": "endoscopy", "nifti": "ct", "image": "xray"})
-    found = any_folder(source, options, only)
+    files, left_out = ([only], []) if only else walk(source)
+    found = left_out + any_folder(source, files, options)
     jobs = [job for job in found if isinstance(job, Job)]
     if len(jobs) != 1:
         reason = f"holds {len(jobs)} samples, name one of them" if jobs else min(found, default=("", "is empty"))[1]
         raise UserError(f"{path}: {reason}")
     job = replace(jobs[0], id=pseudonym(PUBLIC_KEY, os.path.basename(path)))
     with tempfile.TemporaryDirectory() as folder:
-        task = lambda job: cache_sample(job, source, Recipe(size, slices, frames), folder)
+        task = lambda job: cache_sample(job, source, folder, size, slices, frames)
         _, answer = next(guarded(task, [[job]], 1, lambda job: 10 * SECONDS))
         if "refused" in answer:
             raise UserError(f"{path}: {name_slice(answer['refused'], job)}")
@@ -1344,7 +1317,12 @@ def main():
     if options.verify:
         return verify(folder)  # needs no source
     source = options.source or ("demo" if options.dataset == "demo" else "")
-    if options.dataset != "demo" and not os.path.isdir(source):
+    if options.dataset == "demo":  # phantoms, written as real files and then read like any others
+        options.labels = os.path.join(source, "labels.csv")
+        if not os.path.exists(options.labels):
+            from tests.phantoms import write_demo
+            write_demo(Path(source))
+    if not os.path.isdir(source):
         raise UserError(f"{source or 'SOURCE'}: no such folder; give the folder that holds the data")
     scan, counts, paper = DATASETS[options.dataset]
     key = read_key(options.key_file)
@@ -1352,9 +1330,11 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({os.strerror(error.errno)}); choose another --out") from error
-    check_recipe(folder, options.dataset, Recipe(options.size, options.slices, options.frames), key)
+    recipe = {"size": options.size, "slices": options.slices, "frames": options.frames}
+    check_recipe(folder, options.dataset, recipe, key)
+    files, left_out = walk(source)
     try:
-        found = list(scan(source, options))
+        found = left_out + list(scan(source, files, options))
     except (KeyError, ValueError) as error:
         raise UserError(f"{source}: not laid out as {options.dataset} is published ({error!r})") from error
     jobs, refused = [job for job in found if isinstance(job, Job)], {row for row in found if not isinstance(row, Job)}
@@ -1367,7 +1347,7 @@ def main():
     for job in jobs:
         job.id, job.patient = pseudonym(key, job.key or job.path), pseudonym(key, job.patient)
     try:
-        run(source, folder, jobs, options)
+        run(source, folder, jobs, recipe, options)
     except BlockingIOError as error:
         raise UserError(f"{folder}: another prepare.py is at work here; wait for it or use --shard") from error
     except OSError as error:

@@ -60,7 +60,7 @@ def ours(path):
         for file in files:  # the pass over the headers that groups a folder into series
             prepare.dicom_header(file)
     job = prepare.Job(path.name, files, kind, "xray" if kind == "image" else "ct", id="0" * 16)
-    return prepare.decode(job, files, prepare.Recipe())
+    return prepare.decode(job, files, 256, 64, 16)
 
 
 def monai(path):

@@ -466,7 +466,7 @@ def test_no_file_disappears_and_nan_is_air(bad):
 def test_no_decoder_can_end_or_hang_the_run(tmp_path, monkeypatch, trouble, expected):
     real = prepare.decode
 
-    def decode(job, files, recipe):
+    def decode(job, *args):
         if job.path == "3.png":
             faulthandler.disable()
             if trouble == "memory":
@@ -475,7 +475,7 @@ def test_no_decoder_can_end_or_hang_the_run(tmp_path, monkeypatch, trouble, expe
                 raise KeyboardInterrupt("SECRETNAME")
             {"abort": os.abort, "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV), "hang": lambda: time.sleep(60),
              "exit": lambda: os._exit(0)}[trouble]()
-        return real(job, files, recipe)
+        return real(job, *args)
 
     monkeypatch.setattr(prepare, "decode", decode)
     monkeypatch.setattr(prepare, "SECONDS", 1)
