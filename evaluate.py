@@ -164,7 +164,7 @@ def measure(queries, gallery, asked, offered, same=(), relevance="any"):
     vocabulary = sorted({label for labels in asked for label in labels})
     hot_q = multi_hot(asked, vocabulary)  # (L, m)
     hot_g = hot_q if offered is asked else multi_hot(offered, vocabulary)  # (L, n)
-    count = hot_q.sum(dim=0).float()  # (m,)
+    count = torch.tensor([float(len(set(labels))) for labels in asked])  # (m,)
     need = torch.where(count == 0, torch.inf, count if relevance == "all" else 1.0)  # (m,) shared labels of a match
     pairs = excluded(same)
     result = {}
