@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import prepare
 from embed import write_embeddings
 from model import ViT, save_checkpoint
 from prepare import UserError
@@ -283,6 +284,27 @@ def test_a_task_with_no_other_flag(here, command):
     apart = command("--task", "chestxray14", "--exclude-same", "patient", "--markdown", "--out", "apart.json")
     assert "| chestxray14 " in apart
     assert json.loads(Path("apart.json").read_text())["chance"]["R@1"] == pytest.approx(3 / 10)  # a patient has 2 kinds
+
+
+def test_from_the_public_layout_to_the_table(here, command, monkeypatch):
+    """NIH files -> prepare -> evaluate: only test images with one finding take part, and every one finds its like."""
+    source, generator = here / "CXR8", np.random.default_rng(0)
+    (source / "images").mkdir(parents=True)
+    lines, names = ["Image Index,Finding Labels,Follow-up #,Patient ID,OriginalImage[Width,Height]"], []
+    for i, finding in enumerate(["Mass", "Hernia", "Edema|Mass", "No Finding"] * 3):
+        names.append(f"{i:08d}_000.png")
+        lines.append(f"{names[-1]},{finding},0,{i},60,60")
+        kind = 200 * (np.arange(60) // 10 % 2) if finding == "Mass" else np.full(60, 90)
+        noisy = (kind[:, None] + generator.integers(0, 20, (60, 60))).astype(np.uint8)
+        Image.fromarray(noisy).save(source / "images" / names[-1])
+    (source / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines))
+    (source / "train_val_list.txt").write_text("\n".join(names[8:]))
+    (source / "test_list.txt").write_text("\n".join(names[:8]))
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "chestxray14", str(source), "--size", "64"])
+    prepare.main()
+    assert "found 4 samples, paper 7992" in command("--task", "chestxray14", "--encoder", "pixels")
+    row = json.loads(Path("results/chestxray14.json").read_text())
+    assert (row["queries"], row["R@1"], row["chance"]["R@1"], row["MnR"]) == (4, 1, pytest.approx(1 / 3), 1)
 
 
 def test_embeddings_are_kept_but_never_stale(here, command):
