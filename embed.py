@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (FRAMES, ViT, is_video, load_encoder, normalize, pool, read_checkpoint, save_montage, take_frames,
-                   unit)
+from model import (FRAMES, ViT, is_video, load_encoder, normalize, pool, read_checkpoint, save_montage, stack,
+                   take_frames, unit)
 from prepare import MODALITIES, CachedDataset, UserError, atomic_write, load_sample, read_any, read_samples
 
 UNIT = 2.0**26  # length of a vector in fixed point
@@ -188,12 +188,6 @@ def batches_of(rows):
         shapes.setdefault(row["shape"], []).append(i)
     size = {s: max(1, min(MAX_BATCH, VOXELS // (s[1] * s[2] * s[3]))) for s in shapes}
     return [members[a:a + size[s]] for s, members in shapes.items() for a in range(0, len(members), size[s])]
-
-
-def stack(samples):
-    """Samples of one shape -> (B, C, H, W, S) as cached; 8-bit ones beside deeper ones become float32 in [0, 1]."""
-    mixed = len({sample.dtype for sample in samples}) > 1
-    return torch.stack([unit(sample) if mixed else sample for sample in samples])
 
 
 @torch.inference_mode()

@@ -69,6 +69,9 @@ SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif"), "nifti"
 class UserError(Exception):
     """What a user can cause and mend: one line naming the file and the remedy."""
 
+    def __str__(self):  # from a loader process it comes wrapped in a traceback, as the last line of it
+        return super().__str__().splitlines()[-1].removeprefix("prepare.UserError: ")
+
 
 class Refused(Exception):
     """Why one file is left out; never quotes a header value."""
@@ -630,7 +633,7 @@ def decode(job, files, size, slices, frames):
 
 
 def fill_blank(voxels, affine, slope, intercept, spacing, scale=None):
-    """Volumes published with a blank header lie as LPS (datasets.md 5); their scale is needed unless they are HU."""
+    """Volumes published with a blank header lie as LPS; their scale is needed unless they are HU."""
     sample = voxels[::4, ::4, ::4] * slope + intercept
     if scale and np.mean((sample > -1100) & (sample < -600)) < 0.05:  # no air or lung: not yet HU
         slope, intercept = scale

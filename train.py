@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mae import MAE
-from model import (ARCHS, PATCH_SIZE, Block, ViT, init_from_2d, load_exactly, read_checkpoint, save_checkpoint, take_frames,
-                   unit)
+from model import (ARCHS, PATCH_SIZE, Block, ViT, init_from_2d, load_exactly, read_checkpoint, save_checkpoint, stack,
+                   take_frames, unit)
 from prepare import MODALITIES, CachedDataset, UserError, atomic_write, read_samples
 from simdino import LOCAL_VIEWS_2D, SimDINO
 
@@ -68,18 +68,22 @@ class Schedule:
     """Which samples each step of a run takes: pure in the step, so that every rank knows every batch without talking."""
 
     def __init__(self, rows, args, rank=0, world=1):
-        self.rows, self.rank, self.world, groups = rows, rank, world, {}
+        self.rows, self.rank, self.world, groups, batches = rows, rank, world, {}, {}
         for number, row in enumerate(rows):
             groups.setdefault((row["modality"], row["shape"]), []).append(number)
-        batches = []
-        for (modality, shape), members in groups.items():
-            volume = shape[0] == 1 and shape[3] > 1
-            batches.append(world * (args.batch_size_3d if volume else args.batch_size))  # Sec. 3.4: per GPU, 16 for CT, else 32
-            if len(members) < batches[-1]:
-                raise UserError(f"{len(members)} {modality} samples of shape {'x'.join(map(str, shape))} are fewer than one "
-                                f"global batch of {batches[-1]}: lower --batch-size{'-3d' * volume}, or leave them out with "
-                                "--modalities")
-        self.groups, sizes = list(groups.items()), [len(members) for members in groups.values()]
+        for key, members in groups.items():
+            volume = key[1][0] == 1 and key[1][3] > 1  # Sec. 3.4: per GPU, 16 volumes or 32 of anything else
+            batch = world * (args.batch_size_3d if volume else args.batch_size)
+            if len(members) >= batch:
+                batches[key] = batch
+                continue
+            short = (f"{len(members)} {key[0]} samples of shape {'x'.join(map(str, key[1]))} are fewer than one global batch of "
+                     f"{batch}")
+            if key[0] not in {modality for (modality, _), members in groups.items() if len(members) >= batch}:
+                raise UserError(f"{short}: lower --batch-size{'-3d' * volume}, or leave them out with --modalities")
+            print(f"train.py: {short} and are left out" * (rank == 0), file=sys.stderr)
+        self.groups = [(key, groups[key]) for key in batches]
+        sizes, batches = [len(members) for _, members in self.groups], list(batches.values())
         self.per_epoch = sum(n // batch for n, batch in zip(sizes, batches))
         self.total = args.epochs * self.per_epoch
         self.warmup = max(1, round(min(WARMUP_EPOCHS * self.per_epoch, WARMUP_SHARE * self.total)))
@@ -129,12 +133,13 @@ def select_rows(folders, modalities, fraction):
 class Checkpoints:
     """The checkpoints of a run folder: checkpoint.pt is the newest, checkpoint.1.pt and checkpoint.2.pt came before it.
 
-    about: plain values stored in each file, among them the flags that must not change when the run is resumed.
+    A new one is written beside them as checkpoint.next.pt, then all move up by a rename each: whenever a kill comes, the
+    files in this order are from newest to oldest. about: plain values stored in each, among them the flags of the run.
     """
 
     def __init__(self, out, args, about):
         self.minutes, self.keep_every, self.about = args.save_minutes, args.keep_every, about
-        self.files = [out / "checkpoint.pt"] + [out / f"checkpoint.{i}.pt" for i in range(1, KEEP)]
+        self.files = [out / f"checkpoint{name}.pt" for name in (".next", "", *(f".{i}" for i in range(1, KEEP)))]
         self.saved, self.cost = time.monotonic(), 0.0
 
     def newest(self):
@@ -150,23 +155,26 @@ class Checkpoints:
         return None, None
 
     def resume(self, method, optimizer):
-        """Load the newest checkpoint, if there is one, into method and optimizer; returns the number of steps done."""
+        """Load the newest checkpoint into method and optimizer; returns the steps it had done, and what they amount to now.
+
+        Both are equal unless the number of processes or the data changed: then the same share of the new run counts as done.
+        """
         file, state = self.newest()
-        if file is None:
-            return 0
         if not self.about.keys() <= state.keys():
             raise UserError(f"{file} is not a checkpoint of train.py: choose another --out")
         old, new = json.loads(state["flags"]), json.loads(self.about["flags"])
         differ = [f"--{key.replace('_', '-')} {old.get(key)}" for key in new if old.get(key) != new[key]]
         if differ:
             raise UserError(f"{file} was made with {' '.join(differ)}: repeat the same flags, or choose another --out")
-        for key in ("world", "samples"):
-            if state[key] != self.about[key]:
-                print(f"train.py: {'number of processes' if key == 'world' else 'training data'} changed since {file}; the run "
-                      "continues, with other batches than it would have had", file=sys.stderr)
+        changed = [name for key, name in (("world", "number of processes"), ("samples", "training data"))
+                   if state[key] != self.about[key]]
+        done = state["step"] * self.about["total"] // state["total"]
+        if changed:
+            print(f"train.py: {' and '.join(changed)} changed since {file}: its step {state['step']} of {state['total']} "
+                  f"becomes step {done} of {self.about['total']}, and batches differ from now on", file=sys.stderr)
         load_exactly(method, state["model"], file)
         optimizer.load_state_dict(state["optimizer"])
-        return state["step"]
+        return state["step"], done
 
     def due(self, epoch):
         """Save now? epoch: number of epochs just completed, or None within one.
@@ -180,18 +188,16 @@ class Checkpoints:
         return epoch is not None and self.keep_every > 0 and epoch % self.keep_every == 0
 
     def save(self, method, optimizer, step, epoch):
-        """Write checkpoint.pt; older ones move up by a second name and a rename, so that it is never missing."""
+        """Write the newest checkpoint, and epoch_NNNN.pt if this epoch is to be kept."""
         begin = time.monotonic()
-        for newer, older in reversed(list(zip(self.files, self.files[1:]))):
-            if newer.exists():
-                link = older.with_name(older.name + ".tmp")
-                link.unlink(missing_ok=True)
-                os.link(newer, link)
-                os.replace(link, older)
         save_checkpoint(self.files[0], method.encoder, method=method.config, model=method.state_dict(),
                         optimizer=optimizer.state_dict(), step=step, **self.about)
+        for newer, older in reversed(list(zip(self.files, self.files[1:]))):
+            if newer.exists():
+                os.replace(newer, older)
         if self.keeps(epoch):
-            with atomic_write(self.files[0].with_name(f"epoch_{epoch:04d}.pt")) as copy, self.files[0].open("rb") as file:
+            kept = self.files[1].with_name(f"epoch_{epoch:04d}.pt")
+            with atomic_write(kept) as copy, self.files[1].open("rb") as file:
                 shutil.copyfileobj(file, copy)
         self.saved = time.monotonic()
         self.cost = self.saved - begin
@@ -200,15 +206,15 @@ class Checkpoints:
 class Log:
     """log.jsonl, the progress bar and, where it is installed, TensorBoard."""
 
-    def __init__(self, out, start, stop):
+    def __init__(self, out, logged, start, stop):
         path = out / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         with atomic_write(path) as file:  # steps after the checkpoint are done again; a torn last line goes too
-            file.write("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= start).encode())
+            file.write("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= logged).encode())
         self.file, self.bar = path.open("a"), tqdm(initial=start, total=stop, unit="step", smoothing=0.05)
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(out)
+            self.board = SummaryWriter(out, purge_step=start + 1)
         except ImportError:
             self.board = None
 
@@ -229,7 +235,7 @@ def speed(method, x, world, seconds, waited):
               "data_wait": waited / seconds}
     if x.device.type == "cpu":
         return record | {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    peak = [flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name().split()]
+    peak = [flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name().replace("-", " ").split()]
     record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return record | ({"mfu": len(x) * method.flops(x) / seconds / peak[0]} if peak else {})
 
@@ -241,7 +247,8 @@ def make_optimizer(method):
     for name, p in method.named_parameters():
         if p.requires_grad:
             (free if p.ndim < 2 or name.endswith("_token") else decay).append(p)
-    return torch.optim.AdamW([{"params": decay}, {"params": free}], betas=method.BETAS, fused=True)
+    return torch.optim.AdamW([{"params": decay}, {"params": free}], betas=method.BETAS, weight_decay=0.0,
+                             fused=True)
 
 
 def any_rank(*flags, device):
@@ -252,18 +259,23 @@ def any_rank(*flags, device):
     return flags.bool().tolist()
 
 
-def fit(args, method, optimizer, schedule, checkpoints, start, stop, device):
+def own_group(worker):
+    """Put a loader process in a process group of its own, out of reach of signals to the whole run: that saves first."""
+    os.setpgrp()
+
+
+def fit(args, method, optimizer, schedule, checkpoints, logged, start, stop, device):
     """Steps start .. stop - 1; one pass of the loop is one optimizer update."""
-    bf16 = device.type == "cuda" or torch.cpu.get_capabilities()["amx_bf16"]  # on other CPUs fp32 is faster
+    bf16 = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)  # on other CPUs fp32 is faster
     model = method if schedule.world == 1 else DistributedDataParallel(method, broadcast_buffers=False,
                                                                        gradient_as_bucket_view=True)
     trained = [p for p in method.parameters() if p.requires_grad]
     loader = DataLoader(CachedDataset(schedule.rows), batch_sampler=schedule.shares(start, stop), num_workers=args.workers,
-                        pin_memory=device.type == "cuda")
+                        collate_fn=stack, worker_init_fn=own_group, pin_memory=device.type == "cuda")
     signals = []
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, lambda number, frame: signals.append(number))
-    log = Log(args.out, start, stop) if schedule.rank == 0 else None
+    log = Log(args.out, logged, start, stop) if schedule.rank == 0 else None
     bad_steps, clock = 0, time.perf_counter()
 
     for step, batch in enumerate(loader, start):  # batch (B, C, H, W, S) as cached
@@ -272,9 +284,8 @@ def fit(args, method, optimizer, schedule, checkpoints, start, stop, device):
         decay["lr"] = free["lr"] = learning_rate(step, schedule.total, schedule.warmup, args.lr)
         decay["weight_decay"] = cosine(*method.WEIGHT_DECAY, step / schedule.total)
 
-        seed = seed_of(args.seed, step, schedule.rank)
-        torch.manual_seed(seed)  # stochastic depth
-        generator = torch.Generator().manual_seed(seed)  # frames, and masks or views
+        torch.manual_seed(seed_of(args.seed, 1, step, schedule.rank))  # stochastic depth
+        generator = torch.Generator().manual_seed(seed_of(args.seed, 2, step, schedule.rank))  # frames, and masks or views
         x = take_frames(unit(batch.to(device, non_blocking=True)), generator=generator)  # (B, C, H, W, S) in [0, 1]
         inputs = method.inputs(x, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -285,12 +296,12 @@ def fit(args, method, optimizer, schedule, checkpoints, start, stop, device):
         stopping, bad = any_rank(bool(signals), not math.isfinite(loss.item() + norm.item()), device=device)
         if not bad:
             optimizer.step()
-            method.after_step((step + 1) / schedule.total, schedule.total)
+            method.after_step(step / schedule.total, schedule.total)
         bad_steps = bad_steps + 1 if bad else 0
 
         modality, numbers = schedule.batch(step)
         parts = {key: float(value) for key, value in parts.items()}
-        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        seconds = time.perf_counter() - clock
         if schedule.rank == 0:
             log.write({"step": step + 1, "epoch": step // schedule.per_epoch, "modality": modality, "loss": loss.item(), **parts,
                        "lr": decay["lr"], "grad_norm": norm.item(), "skipped": int(bad),
@@ -300,20 +311,32 @@ def fit(args, method, optimizer, schedule, checkpoints, start, stop, device):
                             f"{' '.join(schedule.rows[i]['id'] for i in numbers)}; the last checkpoint is intact: look at "
                             "these samples, or start again with a lower --lr")
         epoch = (step + 1) // schedule.per_epoch if (step + 1) % schedule.per_epoch == 0 else None
-        if schedule.rank == 0 and not bad and (stopping or step + 1 == stop or checkpoints.due(epoch)):
+        if schedule.rank == 0 and (stopping or step + 1 == stop or checkpoints.due(epoch)):
             checkpoints.save(method, optimizer, step + 1, epoch)
         if stopping:
             break
+        clock = time.perf_counter()
     return step + 1
 
 
 def train(args, rank, world, device):
     """A run from its newest checkpoint, or from the start, to its end, a signal or --max-steps."""
     schedule = Schedule(select_rows(args.data, args.modalities, args.data_fraction), args, rank, world)
-    torch.manual_seed(seed_of(args.seed))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for stale in args.out.glob("*.tmp") if rank == 0 else ():  # of a process killed while writing
+        stale.unlink(missing_ok=True)
+    fixed = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
+    samples = sha256(" ".join(row["id"] for row in schedule.rows).encode()).hexdigest()
+    checkpoints = Checkpoints(args.out, args, {"ssl": args.ssl, "flags": json.dumps(fixed), "world": world,
+                                               "samples": samples, "total": schedule.total})
+    resuming = any(file.exists() for file in checkpoints.files)
+    if all(any_rank(resuming, not resuming, device=device)):
+        raise UserError(f"{args.out} holds checkpoints on some processes only: --out must be one folder shared by all nodes")
+
+    torch.manual_seed(seed_of(args.seed, 0))
     simdino = args.ssl == "simdino"
     encoder = ViT(args.arch, (args.patch_size, args.patch_size, PATCH_SIZE[-1]), simdino, DROP_PATH if simdino else 0.0)
-    if args.init:
+    if args.init and not resuming:
         init_from_2d(encoder, args.init)
     width = min(512, encoder.dim)  # CHOICE: MAE's decoder is 512 wide (official, for ViT-B and up) but not wider than the encoder
     method = SimDINO(encoder, args.local_views) if simdino else MAE(encoder, decoder_dim=width, decoder_heads=width // 32)
@@ -324,15 +347,10 @@ def train(args, rank, world, device):
         for block in (module for module in method.modules() if isinstance(module, Block)):
             block.compile(dynamic=False)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    for stale in args.out.glob("*.tmp") if rank == 0 else ():  # of a process killed while writing
-        stale.unlink(missing_ok=True)
-    fixed = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
-    samples = sha256(" ".join(row["id"] for row in schedule.rows).encode()).hexdigest()
-    checkpoints = Checkpoints(args.out, args, {"ssl": args.ssl, "flags": json.dumps(fixed), "world": world, "samples": samples})
-    done, stop = checkpoints.resume(method, optimizer), min(schedule.total, args.max_steps or schedule.total)
+    logged, done = checkpoints.resume(method, optimizer) if resuming else (0, 0)
+    stop = schedule.total if args.max_steps is None else min(schedule.total, args.max_steps)
     if done < stop:
-        done = fit(args, method, optimizer, schedule, checkpoints, done, stop, device)
+        done = fit(args, method, optimizer, schedule, checkpoints, logged, done, stop, device)
     if rank == 0:
         if done >= schedule.total:
             (args.out / "DONE").touch()
@@ -364,9 +382,10 @@ def parse_args():
     flag("--save-minutes", type=float, default=15, help="save at least this often, besides every epoch")
     flag("--keep-every", type=int, default=0, help="also keep epoch_NNNN.pt every so many epochs, for studies; 0 keeps none")
     args = parser.parse_args()
-    for name in ("epochs", "batch_size", "batch_size_3d"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in (("epochs", 1), ("batch_size", 1), ("batch_size_3d", 1), ("max_steps", 1), ("local_views", 0),
+                        ("seed", 0), ("workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     if not 0 < args.data_fraction <= 1:
         parser.error("--data-fraction must lie in (0, 1]")
     args.out = args.out or Path("runs") / args.ssl
@@ -380,6 +399,8 @@ def main():
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # set by torchrun
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -325,7 +325,7 @@ def test_frames_of_a_video_are_drawn_at_random_but_reproducibly_and_in_order(tmp
     assert read_any(video(tmp_path / "b.mp4", 3, codec="mpeg4"), frames=6, size=32)[1].shape == (3, 32, 32, 6)
 
 
-# ---- bad inputs: io.md section 8 ------------------------------------------------------------------------------------
+# ---- bad inputs, each with its reason ------------------------------------------------------------------------------------
 def cut(path, share=0.5):
     data = path.read_bytes()
     path.write_bytes(data[:int(len(data) * share)])
