@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mae
 from mae import MAE, load_mae
 from model import ViT, expand, patchify, save_checkpoint
 
@@ -123,24 +124,24 @@ def test_it_learns():
     model = tiny().train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=MAE.BETAS)
     losses = []
-    for step in range(60):
+    for step in range(30):
         loss, _ = model(x, torch.rand(16, 16, generator=torch.Generator().manual_seed(step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < 0.3 * x.var().item(), losses[::10]  # predicting the mean costs the variance
+    assert sum(losses[-5:]) / 5 < 0.4 * x.var().item(), losses[::10]  # predicting the mean costs the variance
 
 
-def test_picture_from_the_command_line(tmp_path):
+def test_picture_from_the_command_line(tmp_path, monkeypatch, capsys):
     model = tiny()
     save_checkpoint(tmp_path / "c.pt", model.encoder, ssl="mae", method=model.config, model=model.state_dict())
     assert load_mae(tmp_path / "c.pt").config == model.config
     Image.effect_noise((80, 60), 40).save(tmp_path / "x.png")
-    run = [sys.executable, ROOT / "mae.py", tmp_path / "c.pt", tmp_path / "x.png", "--out", tmp_path / "r.png", "--size", "64"]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "r.png").size == (3 * 64 + 2 * 4, 64)
+    run = ["mae.py", tmp_path / "c.pt", tmp_path / "x.png", "--out", tmp_path / "r.png", "--size", "64"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in run])
+    mae.main()
+    assert Image.open(tmp_path / "r.png").size == (3 * 64 + 2 * 4, 64) and "mean squared error" in capsys.readouterr().out
     (tmp_path / "c.pt").write_bytes(b"no")
-    failed = subprocess.run(run, capture_output=True, text=True)
+    failed = subprocess.run([sys.executable, ROOT / run[0], *run[1:]], capture_output=True, text=True)
     assert failed.returncode == 1 and "c.pt" in failed.stderr and failed.stderr.count("\n") == 1
