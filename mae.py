@@ -34,7 +34,6 @@ class MAE(nn.Module):
     BETAS = (0.9, 0.95)  # AdamW, official implementation (Sec. 3.4 follows it)
     WEIGHT_DECAY = (0.05, 0.05)  # first and last step
     CLIP_GRAD = float("inf")
-    POOL = "avg"  # Sec. 3.2
 
     def __init__(self, encoder, mask_ratio=0.75, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix=False):
         super().__init__()

@@ -42,7 +42,8 @@ def resample_matrix(start, length, n_in, n_out, flip=None):
     the step (antialiasing); the whole axis at its own size is the identity exactly.
     """
     step = (length / n_out)[:, None]  # (B, 1) input cells per output cell
-    centre = start[:, None] + (torch.arange(n_out, device=start.device) + 0.5) * step - 0.5  # (B, n_out), cell centres (align_corners=False)
+    cells = torch.arange(n_out, device=start.device)  # (n_out,)
+    centre = start[:, None] + (cells + 0.5) * step - 0.5  # (B, n_out), centre to centre (align_corners=False)
     if flip is not None:
         centre = torch.where(flip[:, None], centre.flip(1), centre)  # (B, n_out)
     distance = (torch.arange(n_in, device=start.device) - centre.clamp(0, n_in - 1)[:, :, None]).abs()  # (B, n_out, n_in)
@@ -166,7 +167,7 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
     Alignment 1/2 ||z_c - z_g||^2 is averaged over all pairs of a teacher and a student view that are not the same view; the
     coding rate is that of all ranks' samples, averaged over the two global student views.
     DEVIATION: the paper's equation has no weight between the terms. gamma defaults to (d + m) / (d m), the balance of the
-    SimDINO code (whose --eps is this eps squared), without which the rate, some hundred times the alignment, rules alone.
+    SimDINO code (whose --eps is this eps squared): the rate can reach `rate_range`, the alignment of unit vectors at most 2.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.float(), teacher.float()
@@ -206,7 +207,6 @@ class SimDINO(nn.Module):
     BETAS = (0.9, 0.999)  # AdamW, official implementation
     WEIGHT_DECAY = (0.04, 0.4)  # first and last step, cosine
     CLIP_GRAD = 3.0
-    POOL = "mix"  # Sec. 3.3
 
     def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, eps=0.5, gamma=None):
         super().__init__()
