@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prepare import UserError, atomic_write
 
-ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12)}  # width, depth, heads (Sec. 4.4)
+ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  # width, depth, heads (Sec. 4.4)
+         "vit_xs": (96, 3, 3)}  # CHOICE: for the demo and the tests, not in the paper; thousands of steps in minutes on a CPU
 PATCH_SIZE = (16, 16, 4)  # Sec. 3.1; the channel part, 3, is fixed
 FRAMES = 16  # of a video, Sec. 3.1
 REFERENCE_GRID = 16  # cells per axis that positions are measured in: 256 / 16 in plane and 64 / 4 over slices

@@ -32,6 +32,9 @@ BLUR = (0.1, 2.0)  # CHOICE: sigma of the Gaussian in pixels, DINO's
 GAMMA = (0.7, 1.5)  # CHOICE: contrast as a power of the intensity, MONAI's RandAdjustContrast
 HIDDEN, OUT = 2048, 256  # projection head, DINO's and SimDINO's
 MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
+# DEVIATION for runs of fewer steps than this, one rule, found by the runs in docs/learning.md: eps is 1, gamma is 0.35 times
+# its default and MOMENTUM 0.9. Early on no view agrees with any other; at full weight the rate then spreads the noise first.
+SHORT_RUN, SHORT_EPS, SHORT_SHARE, SHORT_MOMENTUM = 5000, 1.0, 0.35, 0.9
 
 
 # ------------------------------------------------------------------------------------------------------------ views
@@ -161,13 +164,14 @@ def effective_rank(z):
     return gram.trace().square() / gram.square().sum()
 
 
-def simdino_loss(student, teacher, eps=0.5, gamma=None):
+def simdino_loss(student, teacher, eps=0.5, gamma=None, share=1.0):
     """L_SimDINO (Sec. 3.3): student (V, B, d), views 0 and 1 global; teacher (2, B, d) -> scalar loss, its parts.
 
     Alignment 1/2 ||z_c - z_g||^2 is averaged over all pairs of a teacher and a student view that are not the same view; the
     coding rate is that of all ranks' samples, averaged over the two global student views.
-    DEVIATION: the paper's equation has no weight between the terms. gamma defaults to (d + m) / (d m), the balance of the
-    SimDINO code (whose --eps is this eps squared): the rate can reach `rate_range`, the alignment of unit vectors at most 2.
+    DEVIATION: the paper's equation has no weight between the terms. gamma defaults to share (d + m) / (d m), at share 1 the
+    balance of the SimDINO code (whose --eps is this eps squared): the rate can reach `rate_range`, the alignment of unit
+    vectors at most 2.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.float(), teacher.float()
@@ -178,7 +182,7 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
         everyone = [gather(student[view]) for view in (0, 1)]  # each (m, d)
         rate = sum(coding_rate(z, eps) for z in everyone) / 2
         m = len(everyone[0])
-        gamma = (d + m) / (d * m) if gamma is None else gamma
+        gamma = share * (d + m) / (d * m) if gamma is None else gamma
         low, high = rate_range(m, d, eps)
         parts = {"alignment": alignment.detach(), "coding_rate": rate.detach(), "rate_collapsed": low, "rate_max": high,
                  "gamma": gamma, "effective_rank": effective_rank(everyone[0].detach())}
@@ -192,8 +196,9 @@ class Branch(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Sequential(nn.Linear(encoder.dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU(),
-                                  nn.Linear(HIDDEN, OUT))
+        hidden = HIDDEN if encoder.dim >= 192 else 4 * encoder.dim  # CHOICE: beside vit_xs, 2048 would cost more than the rest
+        self.head = nn.Sequential(nn.Linear(encoder.dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                  nn.Linear(hidden, OUT))
         self.head.apply(init_weights)
 
     def forward(self, x):
@@ -208,9 +213,9 @@ class SimDINO(nn.Module):
     WEIGHT_DECAY = (0.04, 0.4)  # first and last step, cosine
     CLIP_GRAD = 3.0
 
-    def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, eps=0.5, gamma=None):
+    def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, eps=0.5, gamma=None, share=1.0):
         super().__init__()
-        self.config = dict(local_views=local_views, eps=eps, gamma=gamma)
+        self.config = dict(local_views=local_views, eps=eps, gamma=gamma, share=share)
         self.student = Branch(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.encoder.drop_path = 0.0
@@ -232,7 +237,7 @@ class SimDINO(nn.Module):
         student = self.student(both).unflatten(0, (2, B))  # (2, B, d)
         if len(views) > 2:
             student = torch.cat([student, self.student(torch.cat(views[2:])).unflatten(0, (-1, B))])  # (V, B, d)
-        return simdino_loss(student, teacher, self.config["eps"], self.config["gamma"])
+        return simdino_loss(student, teacher, *(self.config[key] for key in ("eps", "gamma", "share")))
 
     def flops(self, x):
         """Model floating point operations of a training step per sample: student forward and backward, teacher forward."""
@@ -250,12 +255,8 @@ class SimDINO(nn.Module):
 
 
 def teacher_momentum(progress, total_steps):
-    """Momentum at progress in [0, 1] of the run: cosine from 0.996 to 1 (Sec. 3.3).
-
-    DEVIATION for short runs: 0.996 remembers 250 steps, so a run of fewer than 5,000 starts at 1 - 20 / total_steps, a
-    memory of a twentieth of the run; longer ones are as in the paper.
-    """
-    start = min(MOMENTUM, 1 - min(1, 20 / total_steps))
+    """Momentum at progress in [0, 1] of the run: cosine from 0.996, in a short run from 0.9, to 1 (Sec. 3.3)."""
+    start = MOMENTUM if total_steps >= SHORT_RUN else SHORT_MOMENTUM
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -1,6 +1,6 @@
 """Labelled phantoms in five modalities, written as the files a hospital would send.
 
-In: a folder, a size n, a seed. Out: n training and .6 n test patients per modality (MRI: test only), one sample each:
+In: a folder, a size n, a seed. Out: n training and .4 n test patients per modality (MRI: test only), one sample each:
   ct          (96-128)^2 x 24-48 HU volume   .nii.gz in many axis orders, or a folder of DICOM slices
   xray        attenuation projection         12-bit DICOM, one third MONOCHROME1
   mri         T1, T2 or PD contrast          .nii.gz, never trained on
@@ -305,11 +305,11 @@ def body(part, rng):
 def lattice(shape, extent, rng, turn):
     """Points (3, *shape) mm on a box of `extent` mm around a patient who lies turned, off centre, near or far."""
     axes = [np.linspace(-.5, .5, k, dtype=np.float32) * np.float32(e) for k, e in zip(shape, extent)]
-    points = np.stack(np.meshgrid(*axes, indexing="ij")) / np.float32(rng.uniform(.7, 1.3))
+    points = np.stack(np.meshgrid(*axes, indexing="ij")) / np.float32(rng.uniform(.65, 1.35))
     for axis, (cos, sin) in enumerate(zip(np.cos(np.radians(turn)).tolist(), np.sin(np.radians(turn)).tolist())):
         one, two = points[axis - 2].copy(), points[axis - 1].copy()                               # the plane of x, y, z
         points[axis - 2], points[axis - 1] = cos * one - sin * two, sin * one + cos * two
-    return points + np.float32(rng.uniform(-.1, .1, 3) * extent).reshape(3, 1, 1, 1)
+    return points + np.float32(rng.uniform(-.18, .18, 3) * extent).reshape(3, 1, 1, 1)
 
 
 def warp(points, rng, size):
@@ -361,7 +361,7 @@ def ct(part, rng):
 
 def mri(part, rng):
     """T1, T2 or PD (W, H, S) int16 in scanner units with a coil profile and Rician noise, voxel size, lesion kind."""
-    image, voxel, kind = volume(part, rng, rng.integers(1, 4), .06)
+    image, voxel, kind = volume(part, rng, 1, .06)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, k) for k in image.shape], indexing="ij"))
     gain = np.tensordot(rng.normal(0, .25, 3), grid, 1) - np.tensordot(rng.uniform(0, .3, 3), grid ** 2, 1)
     noise = rng.normal(0, rng.uniform(.01, .05), (2, *image.shape))
@@ -385,10 +385,10 @@ def xray(part, rng):
 
 def aim(shapes, target, size, rng):
     """Put a probe on the skin: its place (3,), the unit vectors out of the body and across the picture, skin depth."""
-    side, tip = np.radians(rng.uniform(-55, 55)), np.radians(rng.uniform(-20, 20))
+    side, tip = np.radians(rng.uniform(-25, 25)), np.radians(rng.uniform(-15, 15))
     out = np.array([np.sin(side) * np.cos(tip), -np.cos(side) * np.cos(tip), np.sin(tip)])
-    level, tilt = np.cross(out, (0, 0, 1)), np.radians(rng.choice([0, 90]) + rng.uniform(-20, 20))
-    across = np.cos(tilt) * level + np.sin(tilt) * np.cross(out, level)                           # axial or sagittal
+    level, tilt = np.cross(out, (0, 0, 1)), np.radians(rng.uniform(-20, 20)) + np.pi * rng.integers(2)
+    across = np.cos(tilt) * level + np.sin(tilt) * np.cross(out, level)                           # from left or right
     steps = np.linspace(0, size, 128)
     ray = np.float32(target[:, None] + out[:, None] * steps).reshape(3, 128, 1, 1)
     solid = paint(shapes, ray, {tissue: float(tissue != "air") for tissue in TISSUES}, 2).ravel()
@@ -399,9 +399,9 @@ def aim(shapes, target, size, rng):
 def ultrasound(part, rng):
     """Sector picture (160, 192) uint8, None, lesion kind: the probe looks at a lesion, or about the middle."""
     (shapes, kind, target), size = body(part, rng), PARTS[part]
-    target = rng.uniform(-.15, .15, 3) * size if target is None else target
+    target = rng.uniform(-.1, .1, 3) * size + (0 if target is None else .25 * target)
     probe, out, across, skin = aim(shapes, target, size, rng)
-    depth, half = skin + size * rng.uniform(.15, .4), np.radians(rng.uniform(26, 42))
+    depth, half = skin + size * rng.uniform(.15, .35), np.radians(rng.uniform(26, 42))
     near = depth * rng.uniform(.1, .35)                                                           # a curved probe face
     angle, length = np.linspace(-half, half, 160)[:, None], near + np.linspace(0, depth, 224)
     down, aside = np.cos(angle) * length - near, np.sin(angle) * length                           # (160, 224) each
@@ -417,7 +417,8 @@ def ultrasound(part, rng):
     signal = (np.clip(echo, .004, None) * speckle + 1.2 * edges) * passed
     signal = np.clip(1 + np.log10(signal + 1e-4) / rng.uniform(1.6, 2.2), 0, 1) ** rng.uniform(.8, 1.2)
     low, (y, x) = near * np.cos(half), np.mgrid[:160, :192]
-    y, x = y * (near + depth - low) / 156 + low, (x - 95.5) * (near + depth - low) / 156          # mm from the tip
+    zoom, left, top = (near + depth - low) / 156 * rng.uniform(.7, 1.3), *rng.uniform(-1, 1, 2) * (45, 30)
+    y, x = (y - top) * zoom + low, (x - 95.5 - left) * zoom                                       # mm from the tip
     row, column = (np.arctan2(x, y) / half + 1) * 79.5, (np.hypot(x, y) - near) / depth * 223
     seen = (row >= 0) & (row <= 159) & (column >= 0) & (column <= 223)
     picture = signal[row.clip(0, 159).round().astype(int), column.clip(0, 223).round().astype(int)] * seen
@@ -442,7 +443,7 @@ def tube(organ, rng):
         return 1.75 + .3 * np.sin(.8 * z + shift) - .2 * deep * np.abs(np.sin(folds * phi + 1.5 * np.sin(2 * z)))
 
     def bronchus(phi, z):             # stiff rings close together, then the carina
-        rings = .05 * deep * np.cos(14 * pace * z) * (1 + np.cos(phi + shift))
+        rings = .08 * deep * np.cos(14 * pace * z) * (1 + np.cos(phi + shift))
         return .85 - rings - (z > 3.2 * pace) * np.exp(-(np.cos(phi + shift + z / 5) / .18) ** 2)
 
     def oesophagus(phi, z):           # a narrow star, closing and opening in waves
@@ -487,9 +488,10 @@ def endoscopy(organ, rng):
     wall, spot, reach = tube(organ, rng), (rng.uniform(-np.pi, np.pi), rng.uniform(2, 3.5)), rng.uniform(.25, .45)
     y, x = np.mgrid[-1:1:72j, -1:1:72j].astype(np.float32)
     wide, travel, roll = rng.uniform(1., 1.5), rng.uniform(.8, 2), rng.uniform(-1, 1, 2).tolist()
-    bend, sway, swing = np.float32(rng.normal(0, .04, 2)), rng.normal(0, .12, (2, 2)), rng.uniform(0, 6.28, 2)
+    bend, sway, swing = np.float32(rng.normal(0, .08, 2)), rng.normal(0, .2, (2, 2)), rng.uniform(0, 6.28, 2)
     flesh = np.float32([.8, .42, .34] * rng.uniform(.85, 1.15, 3) * rng.uniform(.8, 1.1))
-    waves = np.float32([np.round(rng.normal(0, 3, 8)), rng.normal(0, 5, 8), rng.uniform(0, 6.28, 8)])   # (3, 8)
+    fine = {"colon": 1.5, "stomach": .6, "bronchus": .3, "oesophagus": 1}[organ]                  # how dense its veins are
+    waves = np.float32([np.round(fine * rng.normal(0, 3, 8)), fine * rng.normal(0, 5, 8), rng.uniform(0, 6.28, 8)])  # (3, 8)
     veins, lamp, wet, exposure = (rng.uniform(*span) for span in ((.05, .3), (.2, .6), (.2, .8), (.22, .4)))
 
     def rim(phi, z):                                                                              # 1 at a finding's rim
@@ -606,12 +608,12 @@ def write_sample(folder, modality, number, split, seed):
     return path.relative_to(folder).as_posix(), labels, patient, split, modality
 
 
-def write_demo(folder, n=80, seed=0):
-    """Write n training and ceil(.6 n) test patients per modality (MRI: test only) and labels.csv under `folder`.
+def write_demo(folder, n=200, seed=0):
+    """Write n training and ceil(.4 n) test patients per modality (MRI: test only) and labels.csv under `folder`.
 
     Every patient gives one sample and has its own random numbers, so that no number of others or of cores changes it.
     """
-    folder, test = Path(folder), -(-3 * n // 5)
+    folder, test = Path(folder), -(-2 * n // 5)
     jobs = [(folder, modality, number, "test" if number < test else "train", seed)
             for modality in MODALITIES for number in range(test + n * (modality != "mri"))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
