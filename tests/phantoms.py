@@ -361,7 +361,7 @@ def ct(part, rng):
 
 def mri(part, rng):
     """T1, T2 or PD (W, H, S) int16 in scanner units with a coil profile and Rician noise, voxel size, lesion kind."""
-    image, voxel, kind = volume(part, rng, 1, .06)
+    image, voxel, kind = volume(part, rng, rng.integers(1, 4), .06)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, k) for k in image.shape], indexing="ij"))
     gain = np.tensordot(rng.normal(0, .25, 3), grid, 1) - np.tensordot(rng.uniform(0, .3, 3), grid ** 2, 1)
     noise = rng.normal(0, rng.uniform(.01, .05), (2, *image.shape))
