@@ -280,6 +280,12 @@ def test_teacher_follows_the_student_and_only_then():
     assert not any(key.startswith("encoder") for key in method.state_dict())  # saved once, as the teacher's
 
 
+def test_share_scales_the_default_gamma_only():
+    student, teacher = torch.randn(4, 3, 8), torch.randn(2, 3, 8)
+    assert simdino_loss(student, teacher, share=0.35)[1]["gamma"] == pytest.approx(0.35 * (8 + 3) / (8 * 3))
+    assert simdino_loss(student, teacher, gamma=0.1, share=0.35)[1]["gamma"] == 0.1
+
+
 def test_teacher_momentum():
     assert teacher_momentum(0, 100_000) == pytest.approx(0.996) and teacher_momentum(1, 100_000) == 1  # Sec. 3.3
     assert teacher_momentum(0.5, 100_000) == pytest.approx(0.998)
