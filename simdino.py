@@ -33,7 +33,7 @@ GAMMA = (0.7, 1.5)  # CHOICE: contrast as a power of the intensity, MONAI's Rand
 HIDDEN, OUT = 2048, 256  # projection head, DINO's and SimDINO's
 MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
 # DEVIATION for runs of fewer steps than this, one rule, found by the runs in docs/learning.md: eps is 1, gamma is 0.35 times
-# its default and MOMENTUM 0.9. Early on no view agrees with any other; at full weight the rate then spreads the noise first.
+# its default and MOMENTUM 0.9. In ours the full gamma spread crop noise first.
 SHORT_RUN, SHORT_EPS, SHORT_SHARE, SHORT_MOMENTUM = 5000, 1.0, 0.35, 0.9
 
 
@@ -196,7 +196,7 @@ class Branch(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
-        hidden = HIDDEN if encoder.dim >= 192 else 4 * encoder.dim  # CHOICE: beside vit_xs, 2048 would cost more than the rest
+        hidden = HIDDEN if encoder.dim >= 192 else 4 * encoder.dim  # CHOICE: vit_xs has few tokens, a 2048 head would double its cost
         self.head = nn.Sequential(nn.Linear(encoder.dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                   nn.Linear(hidden, OUT))
         self.head.apply(init_weights)

@@ -90,7 +90,7 @@ def test_bone_throws_a_shadow_in_ultrasound(monkeypatch):
     def marble(rng):
         return [*flesh(rng), ball("bone", (0, 0, 0), 25)]
     for part in (flesh, marble):
-        monkeypatch.setitem(PARTS, part, 100)
+        monkeypatch.setitem(PARTS, part, 160)  # sees past the marble
     for seed in range(5):
         free, shadow = (ultrasound(part, np.random.default_rng(seed))[0] / 255. for part in (flesh, marble))
         left = []                                                                     # share of the light at the bottom
@@ -99,10 +99,10 @@ def test_bone_throws_a_shadow_in_ultrasound(monkeypatch):
             if len(rows) > 40:
                 far = np.s_[rows[-10:], column:column + 16]
                 left.append(shadow[far].mean() / free[far].mean())
-        assert min(left) < .7 and max(left) > .9, left  # log-compressed light:      # behind the bone, and beside it
+        assert min(left) < .5 and max(left) > .9, left                                # behind the bone, and beside it
         top = np.flatnonzero((free > .02).any(1))[0]
         assert np.abs(shadow - free)[top:top + 30].mean() < .05                       # above it
-        assert np.mean(free == 0) > .1                                                # beside the sector
+        assert np.all(free[:4, :8] == 0) and np.all(free[:4, -8:] == 0)               # beside the sector
 
 
 def test_mri_contrasts_differ():
