@@ -213,9 +213,9 @@ class SimDINO(nn.Module):
     WEIGHT_DECAY = (0.04, 0.4)  # first and last step, cosine
     CLIP_GRAD = 3.0
 
-    def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, eps=0.5, gamma=None, share=1.0):
+    def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, eps=0.5, share=1.0):
         super().__init__()
-        self.config = dict(local_views=local_views, eps=eps, gamma=gamma, share=share)
+        self.config = dict(local_views=local_views, eps=eps, share=share)
         self.student = Branch(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.encoder.drop_path = 0.0
@@ -237,7 +237,7 @@ class SimDINO(nn.Module):
         student = self.student(both).unflatten(0, (2, B))  # (2, B, d)
         if len(views) > 2:
             student = torch.cat([student, self.student(torch.cat(views[2:])).unflatten(0, (-1, B))])  # (V, B, d)
-        return simdino_loss(student, teacher, *(self.config[key] for key in ("eps", "gamma", "share")))
+        return simdino_loss(student, teacher, eps=self.config["eps"], share=self.config["share"])
 
     def flops(self, x):
         """Model floating point operations of a training step per sample: student forward and backward, teacher forward."""

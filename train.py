@@ -219,7 +219,8 @@ class Log:
             self.board = None
 
     def write(self, record):
-        self.file.write(json.dumps(record) + "\n")
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}  # JSON has no NaN
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         self.bar.update()
         self.bar.set_postfix_str(f"{record['modality']} loss {record['loss']:.4f}", refresh=False)
