@@ -32,9 +32,9 @@ BLUR = (0.1, 2.0)  # CHOICE: sigma of the Gaussian in pixels, DINO's
 GAMMA = (0.7, 1.5)  # CHOICE: contrast as a power of the intensity, MONAI's RandAdjustContrast
 HIDDEN, OUT = 2048, 256  # projection head, DINO's and SimDINO's
 MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
-# DEVIATION for runs of fewer steps than this, one rule, found by the runs in docs/learning.md: eps is 1, gamma is 0.35 times
-# its default and MOMENTUM 0.9. In ours the full gamma spread crop noise first.
-SHORT_RUN, SHORT_EPS, SHORT_SHARE, SHORT_MOMENTUM = 5000, 1.0, 0.35, 0.9
+BATCH = 256  # the paper's smallest global batch (volumes, Sec. 3.4): smaller ones are weighed like it, see simdino_loss
+# DEVIATION for runs of fewer steps than this, one rule, measured in docs/learning.md: eps 1, and MOMENTUM 0.9
+SHORT_RUN, SHORT_EPS, SHORT_MOMENTUM = 5000, 1.0, 0.9
 
 
 # ------------------------------------------------------------------------------------------------------------ views
@@ -164,14 +164,15 @@ def effective_rank(z):
     return gram.trace().square() / gram.square().sum()
 
 
-def simdino_loss(student, teacher, eps=0.5, gamma=None, share=1.0):
+def simdino_loss(student, teacher, eps=0.5, gamma=None):
     """L_SimDINO (Sec. 3.3): student (V, B, d), views 0 and 1 global; teacher (2, B, d) -> scalar loss, its parts.
 
     Alignment 1/2 ||z_c - z_g||^2 is averaged over all pairs of a teacher and a student view that are not the same view; the
     coding rate is that of all ranks' samples, averaged over the two global student views.
-    DEVIATION: the paper's equation has no weight between the terms. gamma defaults to share (d + m) / (d m), at share 1 the
-    balance of the SimDINO code (whose --eps is this eps squared): the rate can reach `rate_range`, the alignment of unit
-    vectors at most 2.
+    DEVIATION: the paper's equation has no weight between the terms. gamma defaults to (d + m) / (d m), the balance of the
+    SimDINO code (whose --eps is this eps squared): the rate can reach `rate_range`, the alignment of unit vectors at most 2.
+    DEVIATION: m counts as 256 at least. A little variance in a new direction earns gamma d / (2 eps^2) of itself, whatever m;
+    with the gamma of a small batch that pays for crop noise (docs/learning.md).
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.float(), teacher.float()
@@ -182,7 +183,8 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None, share=1.0):
         everyone = [gather(student[view]) for view in (0, 1)]  # each (m, d)
         rate = sum(coding_rate(z, eps) for z in everyone) / 2
         m = len(everyone[0])
-        gamma = share * (d + m) / (d * m) if gamma is None else gamma
+        weighed = max(m, BATCH)
+        gamma = (d + weighed) / (d * weighed) if gamma is None else gamma
         low, high = rate_range(m, d, eps)
         parts = {"alignment": alignment.detach(), "coding_rate": rate.detach(), "rate_collapsed": low, "rate_max": high,
                  "gamma": gamma, "effective_rank": effective_rank(everyone[0].detach())}
@@ -213,9 +215,9 @@ class SimDINO(nn.Module):
     WEIGHT_DECAY = (0.04, 0.4)  # first and last step, cosine
     CLIP_GRAD = 3.0
 
-    def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, eps=0.5, share=1.0):
+    def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, eps=0.5):
         super().__init__()
-        self.config = dict(local_views=local_views, eps=eps, share=share)
+        self.config = dict(local_views=local_views, eps=eps)
         self.student = Branch(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.encoder.drop_path = 0.0
@@ -237,7 +239,7 @@ class SimDINO(nn.Module):
         student = self.student(both).unflatten(0, (2, B))  # (2, B, d)
         if len(views) > 2:
             student = torch.cat([student, self.student(torch.cat(views[2:])).unflatten(0, (-1, B))])  # (V, B, d)
-        return simdino_loss(student, teacher, eps=self.config["eps"], share=self.config["share"])
+        return simdino_loss(student, teacher, self.config["eps"])
 
     def flops(self, x):
         """Model floating point operations of a training step per sample: student forward and backward, teacher forward."""

@@ -1,6 +1,6 @@
 """Labelled phantoms in five modalities, written as the files a hospital would send.
 
-In: a folder, a size n, a seed. Out: n training and .4 n test patients per modality (MRI: test only), one sample each:
+In: a folder, a size n, a seed. Out: n training and .8 n test patients per modality (MRI: test only), one sample each:
   ct          (96-128)^2 x 24-48 HU volume   .nii.gz in many axis orders, or a folder of DICOM slices
   xray        attenuation projection         12-bit DICOM, one third MONOCHROME1
   mri         T1, T2 or PD contrast          .nii.gz, never trained on
@@ -385,9 +385,9 @@ def xray(part, rng):
 
 def aim(shapes, target, size, rng):
     """Put a probe on the skin: its place (3,), the unit vectors out of the body and across the picture, skin depth."""
-    side, tip = np.radians(rng.uniform(-25, 25)), np.radians(rng.uniform(-15, 15))
+    side, tip = np.radians(rng.uniform(-12, 12)), np.radians(rng.uniform(-8, 8))
     out = np.array([np.sin(side) * np.cos(tip), -np.cos(side) * np.cos(tip), np.sin(tip)])
-    level, tilt = np.cross(out, (0, 0, 1)), np.radians(rng.uniform(-20, 20)) + np.pi * rng.integers(2)
+    level, tilt = np.cross(out, (0, 0, 1)), np.radians(rng.uniform(-10, 10)) + np.pi * rng.integers(2)
     across = np.cos(tilt) * level + np.sin(tilt) * np.cross(out, level)                           # from left or right
     steps = np.linspace(0, size, 128)
     ray = np.float32(target[:, None] + out[:, None] * steps).reshape(3, 128, 1, 1)
@@ -399,10 +399,10 @@ def aim(shapes, target, size, rng):
 def ultrasound(part, rng):
     """Sector picture (160, 192) uint8, None, lesion kind: the probe looks at a lesion, or about the middle."""
     (shapes, kind, target), size = body(part, rng), PARTS[part]
-    target = rng.uniform(-.1, .1, 3) * size + (0 if target is None else .25 * target)
+    target = rng.uniform(-.06, .06, 3) * size + (0 if target is None else .25 * target)
     probe, out, across, skin = aim(shapes, target, size, rng)
-    depth, half = skin + size * rng.uniform(.15, .35), np.radians(rng.uniform(26, 42))
-    near = depth * rng.uniform(.1, .35)                                                           # a curved probe face
+    depth, half = skin + size * rng.uniform(.2, .3), np.radians(rng.uniform(33, 37))
+    near = depth * rng.uniform(.18, .22)                                                          # a curved probe face
     angle, length = np.linspace(-half, half, 160)[:, None], near + np.linspace(0, depth, 224)
     down, aside = np.cos(angle) * length - near, np.sin(angle) * length                           # (160, 224) each
     points = probe[:, None, None] - out[:, None, None] * down + across[:, None, None] * aside     # (3, 160, 224)
@@ -415,9 +415,9 @@ def ultrasound(part, rng):
     speckle = (speckle + np.roll(speckle, 1, 0) + np.roll(speckle, 2, 0)) / 3                     # as wide as the beam
     passed = np.exp(-2 * np.cumsum(loss, 1) * depth / 224)                                        # shadow behind bone
     signal = (np.clip(echo, .004, None) * speckle + 1.2 * edges) * passed
-    signal = np.clip(1 + np.log10(signal + 1e-4) / rng.uniform(1.6, 2.2), 0, 1) ** rng.uniform(.8, 1.2)
+    signal = np.clip(1 + np.log10(signal + 1e-4) / rng.uniform(1.8, 2), 0, 1) ** rng.uniform(.9, 1.1)
     low, (y, x) = near * np.cos(half), np.mgrid[:160, :192]
-    zoom, left, top = (near + depth - low) / 156 * rng.uniform(.7, 1.3), *rng.uniform(-1, 1, 2) * (45, 30)
+    zoom, left, top = (near + depth - low) / 156 * rng.uniform(.7, 1.3), *rng.uniform(-1, 1, 2) * (48, 36)
     y, x = (y - top) * zoom + low, (x - 95.5 - left) * zoom                                       # mm from the tip
     row, column = (np.arctan2(x, y) / half + 1) * 79.5, (np.hypot(x, y) - near) / depth * 223
     seen = (row >= 0) & (row <= 159) & (column >= 0) & (column <= 223)
@@ -487,12 +487,13 @@ def endoscopy(organ, rng):
     count, kind = rng.integers(24, 29), rng.choice([*FINDINGS, None])
     wall, spot, reach = tube(organ, rng), (rng.uniform(-np.pi, np.pi), rng.uniform(2, 3.5)), rng.uniform(.25, .45)
     y, x = np.mgrid[-1:1:72j, -1:1:72j].astype(np.float32)
-    wide, travel, roll = rng.uniform(1., 1.5), rng.uniform(.8, 2), rng.uniform(-1, 1, 2).tolist()
-    bend, sway, swing = np.float32(rng.normal(0, .08, 2)), rng.normal(0, .2, (2, 2)), rng.uniform(0, 6.28, 2)
-    flesh = np.float32([.8, .42, .34] * rng.uniform(.85, 1.15, 3) * rng.uniform(.8, 1.1))
+    wide, travel, roll = rng.uniform(1.1, 1.4), rng.uniform(.8, 1.6), (rng.uniform(-1, 1, 2) * (1, .2)).tolist()
+    bend, sway = np.float32(rng.normal(0, .08, 2)), rng.uniform(-1, 1, (2, 2)) * (.2, .1)
+    right, down = np.float32([x, y]) * wide + np.float32(rng.uniform(-.5, .5, (2, 1, 1)))  # where the tip looks
+    flesh = np.float32([.8, .42, .34] * rng.uniform(.96, 1.04, 3) * rng.uniform(.95, 1.05))
     fine = {"colon": 1.5, "stomach": .6, "bronchus": .3, "oesophagus": 1}[organ]                  # how dense its veins are
     waves = np.float32([np.round(fine * rng.normal(0, 3, 8)), fine * rng.normal(0, 5, 8), rng.uniform(0, 6.28, 8)])  # (3, 8)
-    veins, lamp, wet, exposure = (rng.uniform(*span) for span in ((.05, .3), (.2, .6), (.2, .8), (.22, .4)))
+    veins, lamp, wet, exposure = (rng.uniform(*span) for span in ((.05, .3), (.3, .5), (.3, .6), (.28, .34)))
 
     def rim(phi, z):                                                                              # 1 at a finding's rim
         return np.sqrt((2.2 * np.sin((phi - spot[0]) / 2)) ** 2 + (z - spot[1]) ** 2) / reach
@@ -502,8 +503,8 @@ def endoscopy(organ, rng):
 
     frames, way = [], np.linspace(0, 1, count).tolist()
     for t in way if rng.random() < .5 else way[::-1]:
-        lens = np.float32((sway * np.sin(2 * np.pi * t + swing)).sum(1))
-        far, phi, z = march(lumen, x * wide, y * wide, bend, lens, roll[0] + roll[1] * t, travel * t)
+        lens = np.float32(sway @ (1, t))
+        far, phi, z = march(lumen, right, down, bend, lens, roll[0] + roll[1] * t, travel * t)
         relief = sum(np.sin(a * phi + b * z + c) for a, b, c in zip(*waves)) / 4                  # veins where it is 0
         colour = (1 - veins * np.exp(-(relief / .12) ** 2) + .08 * relief)[..., None]
         colour = flesh * colour ** np.float32([.6, 1.3, 1.3])                                     # veins are red
@@ -511,7 +512,7 @@ def endoscopy(organ, rng):
             ring = rim(phi, z)[..., None]
             colour = colour + .85 * np.exp(-ring ** 4) * (np.float32(FINDINGS[kind]) - colour)
             colour = colour - .25 * float(kind == "ulcer") * np.exp(-((ring - 1.1) / .25) ** 2) * np.float32([0, 1, 1])
-        frame = shade(x * wide, y * wide, far, colour, relief, lamp, wet)
+        frame = shade(right, down, far, colour, relief, lamp, wet)
         frame *= exposure / frame.mean()                                                          # as the camera does
         frame += np.float32(rng.normal(0, .012, (72, 72, 1)))
         frame = np.uint8(255 * np.clip(frame, 0, 1) ** .8 * (np.hypot(x, y) < 1.15)[..., None])
@@ -608,12 +609,12 @@ def write_sample(folder, modality, number, split, seed):
     return path.relative_to(folder).as_posix(), labels, patient, split, modality
 
 
-def write_demo(folder, n=200, seed=0):
-    """Write n training and ceil(.4 n) test patients per modality (MRI: test only) and labels.csv under `folder`.
+def write_demo(folder, n=200, seed=1):
+    """Write n training and ceil(.8 n) test patients per modality (MRI: test only) and labels.csv under `folder`.
 
     Every patient gives one sample and has its own random numbers, so that no number of others or of cores changes it.
     """
-    folder, test = Path(folder), -(-2 * n // 5)
+    folder, test = Path(folder), -(-4 * n // 5)
     jobs = [(folder, modality, number, "test" if number < test else "train", seed)
             for modality in MODALITIES for number in range(test + n * (modality != "mri"))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

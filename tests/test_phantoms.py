@@ -162,7 +162,7 @@ def test_every_row_is_a_readable_file_of_its_modality(demo):
 def test_splits_labels_and_patients(demo):
     _, rows = demo
     count = Counter((r["modality"], r["split"]) for r in rows)
-    assert count == {(m, s): k for m in MODALITIES for s, k in (("test", 2), ("train", 5)) if m != "mri" or k == 2}
+    assert count == {(m, s): k for m in MODALITIES for s, k in (("test", 4), ("train", 5)) if m != "mri" or k == 4}
     assert len({r["patient"] for r in rows}) == len({r["path"] for r in rows}) == len(rows)  # nobody is in both splits
     names = {m: {r["labels"].split("|")[0] for r in rows if r["modality"] == m} for m in MODALITIES}
     assert names["ct"] == names["xray"] == {f"part:{part.__name__}" for part in PARTS}        # so they can be compared

@@ -108,7 +108,8 @@ def loss_oracle(student, teacher, eps, gamma):
                 total += sum(0.5 * ((student[v, b] - teacher[g, b]) ** 2).sum().item() for b in range(B)) / B
                 pairs += 1
     rate = (rate_oracle(student[0], eps) + rate_oracle(student[1], eps)) / 2
-    return total / pairs - ((d + B) / (d * B) if gamma is None else gamma) * rate
+    m = max(B, 256)
+    return total / pairs - ((d + m) / (d * m) if gamma is None else gamma) * rate
 
 
 @pytest.mark.parametrize("V, eps, gamma", [(2, 0.5, None), (6, 0.5, None), (12, 0.05, 0.003)])
@@ -280,10 +281,18 @@ def test_teacher_follows_the_student_and_only_then():
     assert not any(key.startswith("encoder") for key in method.state_dict())  # saved once, as the teacher's
 
 
-def test_share_scales_the_default_gamma_only():
-    student, teacher = torch.randn(4, 3, 8), torch.randn(2, 3, 8)
-    assert simdino_loss(student, teacher, share=0.35)[1]["gamma"] == pytest.approx(0.35 * (8 + 3) / (8 * 3))
-    assert simdino_loss(student, teacher, gamma=0.1, share=0.35)[1]["gamma"] == 0.1
+def test_gamma_is_that_of_256_samples_at_least():
+    for m, counts in ((3, 256), (256, 256), (512, 512)):
+        student, teacher = unit_vectors(2, m, 8), unit_vectors(2, m, 8, seed=1)
+        assert simdino_loss(student, teacher)[1]["gamma"] == pytest.approx((8 + counts) / (8 * counts))
+    assert simdino_loss(student, teacher, gamma=0.1)[1]["gamma"] == 0.1
+
+
+@pytest.mark.parametrize("m", [4, 64])
+def test_a_little_variance_earns_the_same_rate_in_any_batch(m):
+    """R = d / (2 eps^2) times the mean squared length for short vectors: why gamma need not grow as the batch shrinks."""
+    z = 0.01 * unit_vectors(m, 16)
+    assert coding_rate(z, 0.5).item() == pytest.approx(16 / (2 * 0.5**2) * 0.01**2, rel=1e-2)
 
 
 def test_teacher_momentum():
