@@ -32,9 +32,8 @@ BLUR = (0.1, 2.0)  # CHOICE: sigma of the Gaussian in pixels, DINO's
 GAMMA = (0.7, 1.5)  # CHOICE: contrast as a power of the intensity, MONAI's RandAdjustContrast
 HIDDEN, OUT = 2048, 256  # projection head, DINO's and SimDINO's
 MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
-BATCH = 256  # the paper's smallest global batch (volumes, Sec. 3.4): smaller ones are weighed like it, see simdino_loss
-# DEVIATION for runs of fewer steps than this, one rule, measured in docs/learning.md: eps 1, and MOMENTUM 0.9
-SHORT_RUN, SHORT_EPS, SHORT_MOMENTUM = 5000, 1.0, 0.9
+BATCH = 256  # the paper's smallest global batch (volumes, Sec. 3.4): smaller ones are weighted like it, see simdino_loss
+SHORT_RUN, SHORT_MOMENTUM = 5000, 0.9  # DEVIATION: MOMENTUM of runs of fewer steps, of which 0.996 would remember 250
 
 
 # ------------------------------------------------------------------------------------------------------------ views
@@ -171,8 +170,8 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
     coding rate is that of all ranks' samples, averaged over the two global student views.
     DEVIATION: the paper's equation has no weight between the terms. gamma defaults to (d + m) / (d m), the balance of the
     SimDINO code (whose --eps is this eps squared): the rate can reach `rate_range`, the alignment of unit vectors at most 2.
-    DEVIATION: m counts as 256 at least. A little variance in a new direction earns gamma d / (2 eps^2) of itself, whatever m;
-    with the gamma of a small batch that pays for crop noise (docs/learning.md).
+    DEVIATION: m counts as at least 256. A small variance v in a new direction earns gamma d v / (2 eps^2), whatever m: the
+    gamma of a small batch pays more for crop noise than that of the paper's batches (docs/learning.md).
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.float(), teacher.float()
@@ -183,8 +182,8 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
         everyone = [gather(student[view]) for view in (0, 1)]  # each (m, d)
         rate = sum(coding_rate(z, eps) for z in everyone) / 2
         m = len(everyone[0])
-        weighed = max(m, BATCH)
-        gamma = (d + weighed) / (d * weighed) if gamma is None else gamma
+        counted = max(m, BATCH)
+        gamma = (d + counted) / (d * counted) if gamma is None else gamma
         low, high = rate_range(m, d, eps)
         parts = {"alignment": alignment.detach(), "coding_rate": rate.detach(), "rate_collapsed": low, "rate_max": high,
                  "gamma": gamma, "effective_rank": effective_rank(everyone[0].detach())}

@@ -32,7 +32,7 @@ from mae import MAE
 from model import (ARCHS, PATCH_SIZE, Block, ViT, init_from_2d, load_exactly, read_checkpoint, save_checkpoint, stack,
                    take_frames, unit)
 from prepare import MODALITIES, CachedDataset, UserError, atomic_write, read_samples
-from simdino import LOCAL_VIEWS_2D, SHORT_EPS, SHORT_RUN, SimDINO
+from simdino import LOCAL_VIEWS_2D, SimDINO
 
 WARMUP_EPOCHS = 10  # Sec. 3.4, of 300 epochs
 WARMUP_SHARE = 0.1  # CHOICE: and at most a tenth of the run, so that short runs reach the peak rate too
@@ -340,8 +340,7 @@ def train(args, rank, world, device):
     if args.init and not resuming:
         init_from_2d(encoder, args.init)
     width = min(512, encoder.dim)  # CHOICE: MAE's decoder is 512 wide (official, for ViT-B and up) but not wider than the encoder
-    method = (SimDINO(encoder, args.local_views, SHORT_EPS if schedule.total < SHORT_RUN else 0.5) if simdino else
-              MAE(encoder, decoder_dim=width, decoder_heads=width // 32))
+    method = SimDINO(encoder, args.local_views) if simdino else MAE(encoder, decoder_dim=width, decoder_heads=width // 32)
     method = method.to(device)
     optimizer = make_optimizer(method)
     if device.type == "cuda":  # blocks are compiled one by one and share a static graph for each of the few shapes
