@@ -33,7 +33,7 @@ GAMMA = (0.7, 1.5)  # CHOICE: contrast as a power of the intensity, MONAI's Rand
 HIDDEN, OUT = 2048, 256  # projection head, DINO's and SimDINO's
 MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
 BATCH = 256  # the paper's smallest global batch (volumes, Sec. 3.4): smaller ones are weighted like it, see simdino_loss
-SHORT_RUN, SHORT_MOMENTUM = 5000, 0.9  # DEVIATION: MOMENTUM of runs of fewer steps, of which 0.996 would remember 250
+SHORT_RUN, SHORT_MOMENTUM = 5000, 0.9  # DEVIATION: runs of fewer steps start here; 0.996 averages over 250, too long for them
 
 
 # ------------------------------------------------------------------------------------------------------------ views
@@ -197,7 +197,7 @@ class Branch(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
-        hidden = HIDDEN if encoder.dim >= 192 else 4 * encoder.dim  # CHOICE: vit_xs has few tokens, a 2048 head would double its cost
+        hidden = HIDDEN if encoder.dim >= 192 else 4 * encoder.dim  # CHOICE: a small head for the small vit_xs
         self.head = nn.Sequential(nn.Linear(encoder.dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                   nn.Linear(hidden, OUT))
         self.head.apply(init_weights)

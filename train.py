@@ -219,7 +219,8 @@ class Log:
             self.board = None
 
     def write(self, record):
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}  # JSON has no NaN
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in record.items()}  # JSON has no NaN
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         self.bar.update()
