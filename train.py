@@ -43,6 +43,12 @@ PEAK_FLOPS = {"H20": 148e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}  # 
 FREE_FLAGS = {"data", "out", "init", "workers", "max_steps", "save_minutes", "keep_every"}  # may differ when a run is resumed
 
 
+def tell(rank, message):
+    """One line on standard error, from the first process alone."""
+    if rank == 0:
+        print(f"train.py: {message}", file=sys.stderr)
+
+
 # --------------------------------------------------------------------------------------------------------- schedule
 def seed_of(*numbers):
     """One 64-bit seed from several small numbers, the same on every machine (NumPy's SeedSequence)."""
@@ -81,7 +87,7 @@ class Schedule:
                      f"{batch}")
             if key[0] not in {modality for (modality, _), members in groups.items() if len(members) >= batch}:
                 raise UserError(f"{short}: lower --batch-size{'-3d' * volume}, or leave them out with --modalities")
-            print(f"train.py: {short} and are left out" * (rank == 0), file=sys.stderr)
+            tell(rank, f"{short} and are left out")
         self.groups = [(key, groups[key]) for key in batches]
         sizes, batches = [len(members) for _, members in self.groups], list(batches.values())
         self.per_epoch = sum(n // batch for n, batch in zip(sizes, batches))
@@ -137,8 +143,8 @@ class Checkpoints:
     files in this order are from newest to oldest. about: plain values stored in each, among them the flags of the run.
     """
 
-    def __init__(self, out, args, about):
-        self.minutes, self.keep_every, self.about = args.save_minutes, args.keep_every, about
+    def __init__(self, out, args, about, rank=0):
+        self.minutes, self.keep_every, self.about, self.rank = args.save_minutes, args.keep_every, about, rank
         self.files = [out / f"checkpoint{name}.pt" for name in (".next", "", *(f".{i}" for i in range(1, KEEP)))]
         self.saved, self.cost = time.monotonic(), 0.0
 
@@ -149,7 +155,7 @@ class Checkpoints:
             try:
                 return file, read_checkpoint(file)
             except UserError as error:
-                print(f"train.py: {error}. Trying the one before", file=sys.stderr)
+                tell(self.rank, f"{error}. Trying the one before")
         if files:
             raise UserError(f"none of {', '.join(map(str, files))} can be read: move them away to start again")
         return None, None
@@ -170,8 +176,8 @@ class Checkpoints:
                    if state[key] != self.about[key]]
         done = state["step"] * self.about["total"] // state["total"]
         if changed:
-            print(f"train.py: {' and '.join(changed)} changed since {file}: its step {state['step']} of {state['total']} "
-                  f"becomes step {done} of {self.about['total']}, and batches differ from now on", file=sys.stderr)
+            tell(self.rank, f"{' and '.join(changed)} changed since {file}: its step {state['step']} of {state['total']} becomes "
+                 f"step {done} of {self.about['total']}, and batches differ from now on")
         load_exactly(method, state["model"], file)
         optimizer.load_state_dict(state["optimizer"])
         return state["step"], done
@@ -330,7 +336,7 @@ def train(args, rank, world, device):
     fixed = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
     samples = sha256(" ".join(row["id"] for row in schedule.rows).encode()).hexdigest()
     checkpoints = Checkpoints(args.out, args, {"ssl": args.ssl, "flags": json.dumps(fixed), "world": world,
-                                               "samples": samples, "total": schedule.total})
+                                               "samples": samples, "total": schedule.total}, rank)
     resuming = any(file.exists() for file in checkpoints.files)
     if all(any_rank(resuming, not resuming, device=device)):
         raise UserError(f"{args.out} holds checkpoints on some processes only: --out must be one folder shared by all nodes")

@@ -231,6 +231,8 @@ def test_two_ranks(mixed_cache, tmp_path):
     done = run(mixed_cache, tmp_path / "twice", "--max-steps", "5", ssl="simdino")
     assert "step 2 of 8 becomes step 4 of 16" in done.stderr and state_of(tmp_path / "twice")["step"] == 5
     assert [x["step"] for x in log_of(tmp_path / "twice")] == [1, 2, 5]
+    done = run(mixed_cache, tmp_path / "twice", "--max-steps", "3", ssl="simdino", ranks=2)
+    assert done.stderr.count("step 5 of 16 becomes step 2 of 8") == 1  # said by the first process alone
 
 
 def start_and_wait(cache, out, lines, *more, **options):
