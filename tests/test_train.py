@@ -157,7 +157,8 @@ def run(*args, ranks=1, check=True, **options):
         started = [subprocess.Popen(command(*args, **options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                     env=os.environ | world | {"OMP_NUM_THREADS": "1", "RANK": str(rank)}) for rank in range(ranks)]
         outputs = [process.communicate() for process in started]
-        done = Namespace(returncode=max(process.returncode for process in started), stdout=outputs[0][0], stderr=outputs[0][1])
+        stdout, stderr = ("".join(texts) for texts in zip(*outputs))
+        done = Namespace(returncode=max(process.returncode for process in started), stdout=stdout, stderr=stderr)
     else:
         done = Namespace(returncode=0)
         with (contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output,
