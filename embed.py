@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (FRAMES, ViT, is_video, load_encoder, normalize, pool, read_checkpoint, save_montage, stack,
+from model import (FRAMES, ViT, load_encoder, normalize, pool, read_checkpoint, save_montage, stack,
                    take_frames, unit)
 from prepare import MODALITIES, CachedDataset, UserError, atomic_write, load_sample, read_any, read_samples
 
@@ -95,10 +95,10 @@ def search(queries, gallery, k):
 
 # --------------------------------------------------------------------------------------------------------- encoders
 def pixels(x):
-    """Baseline: the middle slice (of a video the mean frame) as 32 x 32 grey values, (B, C, H, W, S) -> (B, 1024)."""
-    x = unit(x)
-    x = x.mean(dim=-1) if is_video(x) else x[..., x.shape[-1] // 2]  # (B, C, H, W)
-    return F.adaptive_avg_pool2d(x.mean(dim=1), 32).flatten(1)  # (B, 1024)
+    """Baseline: the mean slice or frame as 32 x 32 grey values less their mean, (B, C, H, W, S) -> (B, 1024)."""
+    x = unit(x).mean(dim=(1, 4))  # (B, H, W)
+    x = F.adaptive_avg_pool2d(x, 32).flatten(1)  # (B, 1024)
+    return x - x.mean(dim=1, keepdim=True)  # the cosine of two images is now their correlation
 
 
 def by_slices(network, size=224, chunk=128):
@@ -118,7 +118,7 @@ def load_embedder(name, checkpoint, device="cpu"):
     """Encoder name -> (embed, meta): embed maps cached samples (B, C, H, W, S), uint8 or float16, to (B, D).
 
     m3ret            the checkpoint's encoder; pooling mix = [CLS, avg] (Sec. 3.3), or avg without CLS token (Sec. 3.2)
-    random           the same architecture, untrained (seed 0);    pixels: 32 x 32 grey values
+    random           the same architecture, untrained (seed 0);    pixels: 32 x 32, less their mean
     dinov2:CLONE     DINOv2 from a clone of its repository; --checkpoint is its weight file, under its public name
     module:function  function() returns embed; the samples arrive as they are cached, on the device
     """
