@@ -33,7 +33,7 @@ GAMMA = (0.7, 1.5)  # CHOICE: contrast as a power of the intensity, MONAI's Rand
 HIDDEN, OUT = 2048, 256  # projection head, DINO's and SimDINO's
 MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
 BATCH = 256  # the paper's smallest global batch (volumes, Sec. 3.4): smaller ones are weighted like it, see simdino_loss
-SHORT_RUN, SHORT_MOMENTUM = 5000, 0.9  # DEVIATION: runs of fewer steps start here; 0.996 averages over 250, too long for them
+SHORT_RUN, SHORT_MOMENTUM = 5000, 0.9  # DEVIATION: runs of fewer steps start here; 0.996 fails in 1,500 (docs/learning.md)
 
 
 # ------------------------------------------------------------------------------------------------------------ views

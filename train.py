@@ -143,7 +143,7 @@ class Checkpoints:
     files in this order are from newest to oldest. about: plain values stored in each, among them the flags of the run.
     """
 
-    def __init__(self, out, args, about, rank=0):
+    def __init__(self, out, args, about, rank):
         self.minutes, self.keep_every, self.about, self.rank = args.save_minutes, args.keep_every, about, rank
         self.files = [out / f"checkpoint{name}.pt" for name in (".next", "", *(f".{i}" for i in range(1, KEEP)))]
         self.saved, self.cost = time.monotonic(), 0.0
@@ -155,7 +155,7 @@ class Checkpoints:
             try:
                 return file, read_checkpoint(file)
             except UserError as error:
-                tell(self.rank, f"{error}. Trying the one before")
+                print(f"train.py: {error}. Trying the one before", file=sys.stderr)  # on every rank: their disks may differ
         if files:
             raise UserError(f"none of {', '.join(map(str, files))} can be read: move them away to start again")
         return None, None
@@ -369,7 +369,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Pretrain the M3Ret encoder; the same command again resumes the run.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--ssl", choices=["mae", "simdino"], default="simdino", help="method; simdino retrieves better, mae is cheaper")
+    flag("--ssl", choices=["mae", "simdino"], default="simdino", help="method; simdino retrieves better, see docs/learning.md")
     flag("--data", nargs="+", type=Path, help="cache folders (default: all under cache/)")
     flag("--out", type=Path, help="run folder (default: runs/SSL); name a new one for every experiment")
     flag("--arch", choices=ARCHS, default="vit_b", help="vit_t or vit_s for small data or a CPU")

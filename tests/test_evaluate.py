@@ -294,7 +294,7 @@ def test_from_the_public_layout_to_the_table(here, command, monkeypatch):
     for i, finding in enumerate(["Mass", "Hernia", "Edema|Mass", "No Finding"] * 3):
         names.append(f"{i:08d}_000.png")
         lines.append(f"{names[-1]},{finding},0,{i},60,60")
-        kind = 200 * (np.arange(60) // 10 % 2) if finding == "Mass" else np.full(60, 90)
+        kind = 200 * (np.arange(60) // 10 % 2) if finding == "Mass" else 3 * np.arange(60)
         noisy = (kind[:, None] + generator.integers(0, 20, (60, 60))).astype(np.uint8)
         Image.fromarray(noisy).save(source / "images" / names[-1])
     (source / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines))

@@ -218,7 +218,7 @@ def test_four_steps_are_two_plus_two(mixed_cache, tmp_path, ssl):
 
 
 def test_two_ranks(mixed_cache, tmp_path):
-    """Two processes resume bit for bit, log what one would, and may become one."""
+    """Two processes resume bit for bit, log what one would, and may become one and two again."""
     run(mixed_cache, tmp_path / "once", "--max-steps", "2", "--save-minutes", "0", ssl="simdino", ranks=2)
     rewind(tmp_path / "once", "checkpoint.1.pt", tmp_path / "twice")
     run(mixed_cache, tmp_path / "twice", "--max-steps", "2", ssl="simdino", ranks=2)
