@@ -25,8 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (FRAMES, ViT, load_encoder, normalize, pool, read_checkpoint, save_montage, stack,
-                   take_frames, unit)
+from model import FRAMES, ViT, load_encoder, normalize, pool, read_checkpoint, save_montage, stack, take_frames, unit
 from prepare import MODALITIES, CachedDataset, UserError, atomic_write, load_sample, read_any, read_samples
 
 UNIT = 2.0**26  # length of a vector in fixed point
@@ -97,7 +96,7 @@ def search(queries, gallery, k):
 def pixels(x):
     """Baseline: the mean slice or frame as 32 x 32 grey values less their mean, (B, C, H, W, S) -> (B, 1024)."""
     x = unit(x).mean(dim=(1, 4))  # (B, H, W)
-    x = F.adaptive_avg_pool2d(x, 32).flatten(1)  # (B, 1024)
+    x = F.adaptive_avg_pool2d(x - x[:, :1, :1], 32).flatten(1)  # (B, 1024), exactly zero if flat
     return x - x.mean(dim=1, keepdim=True)  # the cosine of two images is now their correlation
 
 

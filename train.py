@@ -369,7 +369,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Pretrain the M3Ret encoder; the same command again resumes the run.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--ssl", choices=["mae", "simdino"], default="simdino", help="method; simdino retrieves better, see docs/learning.md")
+    flag("--ssl", choices=["mae", "simdino"], default="simdino", help="method; docs/learning.md compares them")
     flag("--data", nargs="+", type=Path, help="cache folders (default: all under cache/)")
     flag("--out", type=Path, help="run folder (default: runs/SSL); name a new one for every experiment")
     flag("--arch", choices=ARCHS, default="vit_b", help="vit_t or vit_s for small data or a CPU")
