@@ -131,15 +131,15 @@ def coding_rate(z, eps=0.5):
     """R(Z) = 1/2 logdet(I + d / (m eps^2) Z^T Z) for z (m, d): nats to code the batch up to precision eps (Sec. 3.3).
 
     Gamma = Z^T Z / m is the uncentred second moment. By Sylvester's identity the smaller of Z^T Z and Z Z^T gives the same
-    value. fp32 from the product on, autocast off: in bf16 a nearly collapsed batch is not positive definite.
+    value. float64 from the product on, autocast off: near collapse fp32 depends on the order of summation, bf16 is NaN.
     """
     with torch.autocast(z.device.type, enabled=False):
-        z = z.float()
+        z = z.double()
         m, d = z.shape
         gram = z @ z.T if m < d else z.T @ z  # (min(m, d), min(m, d))
-        eye = torch.eye(len(gram), device=z.device)
+        eye = torch.eye(len(gram), dtype=z.dtype, device=z.device)
         cholesky, info = torch.linalg.cholesky_ex(eye + d / (m * eps**2) * gram)
-        rate = cholesky.diagonal().log().sum()  # 1/2 logdet(A) = sum log diag(L) for A = L L^T
+        rate = cholesky.diagonal().log().sum().float()  # 1/2 logdet(A) = sum log diag(L) for A = L L^T
         return torch.where(info == 0, rate, torch.nan)  # not factorised (non-finite input): NaN, which train.py reports
 
 

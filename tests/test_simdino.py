@@ -33,7 +33,7 @@ def rate_oracle(z, eps):
 @pytest.mark.parametrize("eps", [0.5, 0.05])
 def test_coding_rate_is_float64(m, d, eps):
     z = unit_vectors(m, d)
-    assert coding_rate(z, eps).item() == pytest.approx(rate_oracle(z, eps), rel=1e-5)
+    assert coding_rate(z, eps).item() == pytest.approx(rate_oracle(z, eps), rel=1e-6)
 
 
 def test_coding_rate_in_closed_form():
@@ -83,7 +83,7 @@ def test_collapsed_bf16_features_stay_finite(eps):
         rate = coding_rate(z, eps)
     rate.backward()
     assert rate.dtype == torch.float32 and torch.isfinite(rate) and torch.isfinite(z.grad).all()
-    assert rate.item() == pytest.approx(rate_oracle(z.detach().float(), eps), rel=0.02)  # fp32 at eps .005 is this good
+    assert rate.item() == pytest.approx(rate_oracle(z.detach().float(), eps), rel=1e-6)  # on any processor
 
 
 def test_non_finite_features_give_nan_not_a_number():
