@@ -168,9 +168,13 @@ def drop_branches(rate, depth, B, device):
 
 
 def init_weights(module):
-    """CHOICE: truncated normal, std 0.02, zero bias (ViT and DINO); the paper does not say."""
+    """Xavier uniform, zero bias, for every linear map of both methods, the patch kernel included.
+
+    MAE's official code starts so (Sec. 3.4 follows it). CHOICE: SimDINO too: its code's normal of std 0.02 is of Xavier's
+    size at ViT-B's width only, and learned less in narrower networks (docs/learning.md).
+    """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
@@ -308,14 +312,17 @@ def init_from_2d(encoder, path):
     """Start from a public 2D ViT of the timm, DINO or MAE family, or from a checkpoint of ours (`train.py --init`).
 
     The 2D patch kernel (D, 3, ph, pw) is inflated over the slices and divided by their number, so that an image replicated
-    over S gives the 2D network's patch tokens. CHOICE: learned positions and heads are left out, positions here are fixed; a
-    missing CLS token keeps its random start. Everything else must be there and fit.
+    over S gives the 2D network's patch tokens. timm and DINO add the first row of pos_embed to the CLS token: so do we, once.
+    CHOICE: other learned positions and heads are left out, positions here are fixed; a missing CLS token keeps its random
+    start. Everything else must be there and fit.
     """
     state = read_checkpoint(path)
     for key in ("encoder", "teacher", "model", "state_dict"):  # where DINO, MAE and others nest their weights
         state = state[key] if isinstance(state.get(key), dict) else state
     state = {key.removeprefix("module.").removeprefix("backbone.").replace("fc_norm.", "norm."): value
              for key, value in state.items()}
+    if "cls_token" in state and "pos_embed" in state:
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]  # (1, 1, D)
     state = {key: value for key, value in state.items() if not key.startswith(LEFT_OUT)}
     kernel = state.get("patch_embed.proj.weight")
     if kernel is not None and kernel.dim() == 4:

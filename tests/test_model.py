@@ -11,9 +11,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import model
+from mae import MAE
 from model import (ViT, expand, init_from_2d, load_encoder, patchify, pool, save_checkpoint, sincos_positions, stack,
                    take_frames, unit, unpatchify)
 from prepare import UserError
+from simdino import SimDINO
 
 PATCHES = [(8, 8, 4), (16, 16, 4), (32, 32, 4)]  # Sec. 4.4
 SHAPES = [(2, 1, 64, 96, 1), (2, 3, 64, 32, 16), (2, 1, 32, 64, 8)]  # image, video, volume, none of them square
@@ -102,10 +104,12 @@ class Plain2DViT(nn.Module):
         self.layers = nn.ModuleList(nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", 1e-6, True, True)
                                     for _ in range(depth))
         self.cls, self.norm = nn.Parameter(torch.randn(1, 1, dim)), nn.LayerNorm(dim, 1e-6)
+        self.table = torch.randn(1, 197, dim)
 
     def forward(self, image, positions):
         tokens = self.conv(image).flatten(2).transpose(1, 2) + positions  # (B, N, D)
-        tokens = torch.cat([self.cls.expand(len(image), -1, -1), tokens], 1)
+        cls = self.cls + self.table[:, :1]  # timm and DINO: the first row of the positions belongs to the CLS token
+        tokens = torch.cat([cls.expand(len(image), -1, -1), tokens], 1)
         for layer in self.layers:
             tokens = layer(tokens)
         return self.norm(tokens)
@@ -113,7 +117,7 @@ class Plain2DViT(nn.Module):
     def timm_state(self):
         names = {"self_attn.in_proj_weight": "attn.qkv.weight", "self_attn.in_proj_bias": "attn.qkv.bias",
                  "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2."}
-        state = {"cls_token": self.cls, "pos_embed": torch.randn(1, 197, 192), "head.weight": torch.randn(10, 192)}
+        state = {"cls_token": self.cls, "pos_embed": self.table, "head.weight": torch.randn(10, 192)}
         for key, value in self.state_dict().items():
             key = key.replace("conv.", "patch_embed.proj.").replace("layers.", "blocks.")
             for old, new in names.items():
@@ -191,6 +195,17 @@ def test_sizes_that_are_no_whole_patches_are_named():
 def test_unit_of_both_cached_types():
     assert unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
     assert unit(torch.tensor([0.5], dtype=torch.float16)).dtype == torch.float32
+
+
+def test_both_methods_start_from_xavier_uniform():
+    """Every weight matrix fills [-a, a] evenly, a = sqrt(6 / (inputs + outputs)); the patch kernel and the heads too."""
+    for method in (MAE(ViT("vit_xs"), decoder_dim=96, decoder_heads=3), SimDINO(ViT("vit_xs", cls_token=True)).student):
+        linear = [module for module in method.modules() if isinstance(module, nn.Linear)]
+        assert len(linear) > 12
+        for module in linear:
+            bound = math.sqrt(6 / sum(module.weight.shape))
+            assert 0.98 * bound < module.weight.abs().max() <= bound and not module.bias.any()
+            assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
 def test_stochastic_depth_keeps_the_expectation():
