@@ -1,22 +1,20 @@
 """Masked autoencoding (paper Sec. 3.2): hide 75 % of the patches, encode the rest, predict the hidden pixels.
 
-In:  x (B, C, H, W, S) normalised to [-1, 1], no augmentation. Out: the mean squared error on the masked patches.
-`MAE.forward` is the method in four verbs: mask, encode, decode, loss. Embeddings are the encoder's average-pooled tokens.
+In:  x (B, C, H, W, S) normalised to [-1, 1], no augmentation. Out: the mean squared error on the masked
+patches. `MAE.forward` is the method in four verbs: mask, encode, decode, loss. The decoder is thrown away
+after pretraining; embeddings are the encoder's average-pooled tokens.
 
     python mae.py runs/mae/checkpoint.pt FILE --out recon.png      # draws original, masked and reconstruction
 """
 import argparse
 import math
-import sys
 
 import torch
 from torch import nn
 
-from model import (Block, ViT, block_flops, denormalize, expand, init_weights, load_exactly, normalize, patchify, read_checkpoint,
-                   run_blocks, save_montage, sincos_positions, take_frames, unit, unpatchify)
-from prepare import UserError, read_any
-
-TARGET_EPS = 1e-6  # added to a patch's variance by norm_pix: zero padding makes constant patches
+from model import (Block, ViT, denormalize, expand, expecting, init_weights, normalize, patchify, read_checkpoint,
+                   read_picture_flags, run_blocks, save_montage, sincos_positions, tiles_of, unpatchify)
+from prepare import UserError, cli
 
 
 def gather_tokens(x, index):
@@ -25,24 +23,20 @@ def gather_tokens(x, index):
 
 
 class MAE(nn.Module):
-    """Encoder without CLS token plus a narrow decoder that is thrown away after pretraining.
-
-    mask_ratio: share of hidden patches (alpha of Sec. 3.2). norm_pix: predict patches standardised by their own mean and
-    variance (an option of the official implementation; the paper's equation predicts plain pixels, the default).
-    """
+    """Encoder without CLS token, and a decoder of its own width. mask_ratio: the hidden share, alpha of Sec. 3.2."""
 
     BETAS = (0.9, 0.95)  # AdamW, official implementation (Sec. 3.4 follows it)
     WEIGHT_DECAY = (0.05, 0.05)  # first and last step
     CLIP_GRAD = float("inf")
 
-    def __init__(self, encoder, mask_ratio=0.75, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix=False):
+    def __init__(self, encoder, mask_ratio=0.75, decoder_dim=512, decoder_depth=8, decoder_heads=16):
         super().__init__()
         assert encoder.cls_token is None, "MAE does not use a CLS token (Sec. 3.2)"
-        self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, norm_pix
+        self.encoder, self.mask_ratio = encoder, mask_ratio
         self.config = dict(mask_ratio=mask_ratio, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
-                           decoder_heads=decoder_heads, norm_pix=norm_pix)
+                           decoder_heads=decoder_heads)
         self.decoder_embed = nn.Linear(encoder.dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))  # P_mask: one learned vector for every hidden patch
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))  # P_mask: one vector for all hidden patches
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, encoder.patch_embed.proj.in_features)
@@ -56,18 +50,16 @@ class MAE(nn.Module):
         noise = torch.rand(len(x), n, generator=generator).to(x.device)  # (B, N)
         return normalize(x), noise
 
-    def n_visible(self, n):
-        """How many of n patches stay visible: (1 - alpha) N, at least one."""
-        return max(1, round(n * (1 - self.mask_ratio)))
-
     def mask(self, noise):
-        """noise (B, N) -> visible (B, (1-alpha)N) and hidden (B, alpha N) indices: the patches of lowest noise stay visible."""
+        """noise (B, N) -> visible (B, (1-alpha)N) and hidden (B, alpha N) indices: the lowest noise stays visible."""
         order = noise.argsort(dim=1)  # (B, N), a random permutation of each sample's patches
-        n = self.n_visible(noise.shape[1])
+        n = max(1, round(noise.shape[1] * (1 - self.mask_ratio)))  # (1 - alpha) N
+        if n == noise.shape[1]:
+            raise UserError("samples of one patch leave nothing to hide: choose a smaller --patch-size")
         return order[:, :n], order[:, n:]
 
     def encode(self, x, visible):
-        """f_theta(P_vis): the encoder sees the visible patches only, at their own positions -> (B, (1-alpha)N, D)."""
+        """f_theta(P_vis): the encoder sees the visible patches only, where they were -> (B, (1-alpha)N, D)."""
         return self.encoder.encode(gather_tokens(self.encoder.tokens(x), visible))
 
     def decode(self, latent, visible, hidden, grid):
@@ -81,33 +73,23 @@ class MAE(nn.Module):
         tokens = run_blocks(self.decoder_blocks, tokens)[:, visible.shape[1]:]  # (B, alpha N, d)
         return self.decoder_pred(self.decoder_norm(tokens))  # (B, alpha N, P)
 
-    def target(self, x, hidden):
-        """What the decoder should say: pixels of the hidden patches (B, alpha N, P) in fp32, and their mean and deviation."""
-        patches = gather_tokens(patchify(expand(x.float(), self.encoder.patch_size[-1]), self.encoder.patch_size), hidden)
-        mean = patches.mean(dim=-1, keepdim=True)  # (B, alpha N, 1)
-        std = (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()  # (B, alpha N, 1)
-        return ((patches - mean) / std if self.norm_pix else patches), mean, std
+    def patches(self, x):
+        """(B, C, H, W, S) -> pixels of all patches (B, N, P) in fp32."""
+        return patchify(expand(x.float(), self.encoder.patch_size[-1]), self.encoder.patch_size)
 
     def loss(self, prediction, target):
-        """L_MAE of Sec. 3.2, fp32. We average a patch's P squared errors where the paper sums them: a constant factor P."""
+        """L_MAE of Sec. 3.2, fp32. We average a patch's P squared errors, the paper sums them: a constant factor."""
         return (prediction.float() - target).square().mean()  # over B, the alpha N hidden patches, and P
 
-    def forward(self, x, noise=None):
+    def forward(self, x, noise):
         """x (B, C, H, W, S) in [-1, 1]; noise (B, N) decides the mask -> scalar loss, {"mse": loss}."""
-        grid = self.encoder.grid(x.shape[2:])
-        noise = torch.rand(len(x), math.prod(grid), device=x.device) if noise is None else noise  # (B, N)
         visible, hidden = self.mask(noise)
         latent = self.encode(x, visible)
-        prediction = self.decode(latent, visible, hidden, grid)
-        loss = self.loss(prediction, self.target(x, hidden)[0])
+        prediction = self.decode(latent, visible, hidden, self.encoder.grid(x.shape[2:]))
+        loss = self.loss(prediction, gather_tokens(self.patches(x), hidden))
         return loss, {"mse": loss.detach()}
 
-    def flops(self, x):
-        """Model floating point operations of a training step per sample: forward and twice that backward."""
-        n = math.prod(self.encoder.grid(x.shape[2:]))
-        return 3 * (block_flops(self.encoder.blocks, self.n_visible(n)) + block_flops(self.decoder_blocks, n))
-
-    def after_step(self, progress, total_steps):
+    def after_step(self, progress):
         """Nothing to do after an optimizer step (SimDINO moves its teacher here)."""
 
     @torch.no_grad()
@@ -115,16 +97,12 @@ class MAE(nn.Module):
         """x (B, C, H, W, S), noise (B, N) -> original, masked, reconstruction, each (B, 3, H, W, S) in [0, 1]."""
         grid, patch = self.encoder.grid(x.shape[2:]), self.encoder.patch_size
         visible, hidden = self.mask(noise)
-        prediction = self.decode(self.encode(x, visible), visible, hidden, grid).float()
-        if self.norm_pix:  # undo the standardisation with the target patch's own statistics
-            _, mean, std = self.target(x, hidden)
-            prediction = prediction * std + mean  # (B, alpha N, P)
-        x = expand(x, patch[-1])  # (B, 3, H, W, S)
-        patches = patchify(x, patch)  # (B, N, P)
+        prediction = self.decode(self.encode(x, visible), visible, hidden, grid).float()  # (B, alpha N, P)
+        patches = self.patches(x)  # (B, N, P)
         index = hidden[:, :, None].expand(-1, -1, patches.shape[-1])  # (B, alpha N, P)
-        masked = unpatchify(patches.scatter(1, index, torch.zeros_like(prediction)), patch, grid)  # hidden patches grey
-        filled = unpatchify(patches.scatter(1, index, prediction), patch, grid)  # visible patches pasted in
-        return denormalize(x), denormalize(masked), denormalize(filled)
+        masked = patches.scatter(1, index, torch.zeros_like(prediction))  # hidden patches grey
+        filled = patches.scatter(1, index, prediction)  # visible patches pasted in
+        return [denormalize(unpatchify(pixels, patch, grid)) for pixels in (patches, masked, filled)]
 
 
 def load_mae(path):
@@ -132,34 +110,24 @@ def load_mae(path):
     state = read_checkpoint(path)
     if state.get("ssl") != "mae":
         raise UserError(f"{path} holds no MAE decoder: give a checkpoint of train.py --ssl mae")
-    model = MAE(ViT(**state["config"]), **state["method"])
-    load_exactly(model, state["model"], path)
+    with expecting(path):
+        model = MAE(ViT(**state["config"]), **state["method"])
+        model.load_state_dict(state["model"])
     return model.eval()
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw original, masked and reconstruction of one file.")
     parser.add_argument("checkpoint", help="runs/NAME/checkpoint.pt of train.py --ssl mae")
-    parser.add_argument("file", help="a DICOM, NIfTI, image or video file, or the folder of a DICOM series")
-    parser.add_argument("--out", default="recon.png", help="picture to write; slices or frames run from left to right")
-    parser.add_argument("--size", type=int, default=256, help="longer side in pixels, as the model was trained")
-    parser.add_argument("--seed", type=int, default=0, help="of the mask")
-    args = parser.parse_args()
+    args, x = read_picture_flags(parser, "recon.png")  # (1, C, H, W, S)
     model = load_mae(args.checkpoint)
-    _, array = read_any(args.file, size=args.size)
-    x = normalize(take_frames(unit(torch.from_numpy(array)[None])))  # (1, C, H, W, S)
-    _, noise = model.inputs(x, torch.Generator().manual_seed(args.seed))
-    rows = []
-    for picture in model.reconstruct(x, noise):  # (1, 3, H, W, S)
-        shown = torch.linspace(0, picture.shape[-1] - 1, min(x.shape[-1], 8)).round().long()  # at most 8 slices
-        rows.append(list(picture[0, ..., shown].unbind(-1)))  # each (3, H, W)
-    save_montage(args.out, rows if len(rows[0]) > 1 else [[row[0] for row in rows]])
-    loss = model(x, noise)[0].item()
-    print(f"{args.out}: original, masked, reconstruction; mean squared error on the masked patches {loss:.4f}")
+    x, noise = model.inputs(x, torch.Generator().manual_seed(args.seed))
+    rows = [tiles_of(picture, most=min(x.shape[-1], 8)) for picture in model.reconstruct(x, noise)]
+    save_montage(args.out, rows if len(rows[0]) > 1 else [sum(rows, [])])
+    with torch.no_grad():
+        mse = model(x, noise)[0].item()
+    print(f"{args.out}: original, masked, reconstruction; mean squared error on the masked patches {mse:.4f}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"mae.py: {error}")
+    cli(main)

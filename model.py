@@ -1,15 +1,15 @@
 """The 4D vision transformer of M3Ret (paper Sec. 3.1): one encoder for 2D images, videos and volumes.
 
-In:  x (B, C, H, W, S), C in {1, 3}, intensities normalised to [-1, 1]. Out: tokens (B, [1+]N, D), and embeddings by `pool`.
-Nothing below asks what modality it sees: an image is a sample with S = 1, a video one whose S is time, a volume one whose S is depth.
+In:  x (B, C, H, W, S), C in {1, 3}, intensities in [-1, 1]. Out: tokens (B, [1+]N, D), and embeddings by
+`pool`. Nothing below asks what modality it sees: an image has S = 1, a video's S is time, a volume's S is
+depth.
 
-Letters, here and in every other file:
-  B batch, C channels, H W S height, width, slices or frames of a sample; ph pw ps the same of a patch, P = ph*pw*ps*3 values;
-  h w s patch grid, N = h*w*s tokens; D token width, d projected width; V views; K neighbours; m samples in a coding rate.
+Letters, here and in every other file: B batch, C channels, H W S height, width, slices or frames of a sample;
+ph pw ps the same of a patch, P = ph*pw*ps*3 values; h w s patch grid, N = h*w*s tokens; D token width,
+d projected width; V views; K neighbours; m samples in a coding rate.
 """
+import contextlib
 import math
-import warnings
-import zipfile
 from collections import OrderedDict
 from pickle import UnpicklingError
 
@@ -19,30 +19,30 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prepare import UserError, atomic_write
+from prepare import MODALITIES, UserError, atomic_write, positive, read_any
 
-ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  # width, depth, heads (Sec. 4.4)
-         "vit_xs": (96, 3, 3)}  # CHOICE: for the demo and the tests, not in the paper; thousands of steps in minutes on a CPU
+ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  # width, depth, heads, Sec. 4.4
+         "vit_xs": (96, 3, 3)}  # CHOICE: not the paper's; for the demo and small data on a CPU
 PATCH_SIZE = (16, 16, 4)  # Sec. 3.1; the channel part, 3, is fixed
 FRAMES = 16  # of a video, Sec. 3.1
 REFERENCE_GRID = 16  # cells per axis that positions are measured in: 256 / 16 in plane and 64 / 4 over slices
-RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) recompute activations in the backward pass
+RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) recompute their activations
 
 
-# ---------------------------------------------------------------------------------------------------------- samples
+# ---- samples ----------------------------------------------------------------------------------------------
 def unit(x):
     """Cached samples, uint8 or float16 (..., any shape) -> float32 in [0, 1]."""
     return x.float() / 255 if x.dtype == torch.uint8 else x.float()
 
 
 def stack(samples):
-    """Cached samples of one shape (C, H, W, S) -> (B, C, H, W, S); 8-bit ones beside deeper ones become float32 first."""
+    """Cached samples (C, H, W, S) of one shape -> (B, C, H, W, S); of two depths, all become float32."""
     mixed = len({sample.dtype for sample in samples}) > 1
     return torch.stack([unit(sample) if mixed else sample for sample in samples])  # (B, C, H, W, S)
 
 
 def normalize(x):
-    """[0, 1] -> [-1, 1]. CHOICE: one constant for all modalities, so that unseen ones (MRI) need no statistics."""
+    """[0, 1] -> [-1, 1]. CHOICE: one constant for all modalities, so unseen ones (MRI) need no statistics."""
     return (x - 0.5) / 0.5
 
 
@@ -59,31 +59,32 @@ def is_video(x):
 def take_frames(x, n=FRAMES, generator=None):
     """Videos (B, 3, H, W, S > n) -> (B, 3, H, W, n); every other sample as it is.
 
-    With a generator: n random frames for each sample (Algorithm 2), sorted in time. Without: n evenly spaced ones.
+    With a generator: n random frames of each sample (Algorithm 2), sorted in time. Without: n evenly spaced
+    ones.
     """
     if not is_video(x) or x.shape[-1] <= n:
         return x
     if generator is None:
         return x[..., torch.linspace(0, x.shape[-1] - 1, n).round().long()]  # (B, 3, H, W, n)
-    frames = torch.randint(x.shape[-1], (len(x), n), generator=generator).sort(dim=1).values  # (B, n), as Algorithm 2 draws
-    index = frames.to(x.device)[:, None, None, None].expand(*x.shape[:-1], n)  # (B, 3, H, W, n)
-    return x.gather(-1, index)
+    frames = torch.randint(x.shape[-1], (len(x), n), generator=generator)  # (B, n), as Algorithm 2 draws them
+    frames = frames.sort(dim=1).values.to(x.device)[:, None, None, None]  # (B, 1, 1, 1, n)
+    return x.gather(-1, frames.expand(*x.shape[:-1], n))  # (B, 3, H, W, n)
 
 
 def expand(x, ps=PATCH_SIZE[-1]):
-    """(B, C, H, W, S) -> (B, 3, H, W, S or ps): grey becomes three channels and an image ps slices (Sec. 3.1), as views."""
+    """(B, C, H, W, S) -> a view (B, 3, H, W, S or ps): grey in 3 channels, an image as ps slices (Sec. 3.1)."""
     return x.expand(-1, 3, -1, -1, ps if x.shape[-1] == 1 else -1)
 
 
-# ----------------------------------------------------------------------------------------------------------- tokens
+# ---- tokens -----------------------------------------------------------------------------------------------
 def patchify(x, patch=PATCH_SIZE):
-    """(B, 3, H, W, S) -> (B, N, P): N in (h, w, s) order, each patch flattened in (ph, pw, ps, c) order (Sec. 3.1).
+    """(B, 3, H, W, S) -> (B, N, P): N in (h, w, s) order, a patch in (ph, pw, ps, c) order (Sec. 3.1).
 
     patch: (ph, pw, ps), or (3, ph, pw, ps) as the paper writes it.
     """
     ph, pw, ps = patch[-3:]
     B, C, H, W, S = x.shape
-    assert H % ph == W % pw == S % ps == 0, f"{tuple(x.shape)} is not a whole number of {ph}x{pw}x{ps} patches"
+    assert H % ph == W % pw == S % ps == 0, f"{tuple(x.shape)} is no whole number of {ph}x{pw}x{ps} patches"
     x = x.reshape(B, C, H // ph, ph, W // pw, pw, S // ps, ps)  # (B, C, h, ph, w, pw, s, ps)
     x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, h, w, s, ph, pw, ps, C)
     return x.flatten(4).flatten(1, 3)  # (B, N, P)
@@ -93,31 +94,31 @@ def unpatchify(patches, patch, grid):
     """(B, N, P) -> (B, 3, H, W, S), the inverse of `patchify`; grid = (h, w, s)."""
     ph, pw, ps = patch[-3:]
     h, w, s = grid
-    assert patches.shape[1] == h * w * s, f"{tuple(patches.shape)} does not fill a grid of {h}x{w}x{s}"
     x = patches.reshape(len(patches), h, w, s, ph, pw, ps, -1)  # (B, h, w, s, ph, pw, ps, C)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, h, ph, w, pw, s, ps)
     return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, C, H, W, S)
 
 
 def sincos_positions(grid, dim, device=None):
-    """Fixed sin-cos positions of a grid (h, w, s) -> (N, dim) float32: a third of dim per axis, zeros in the remainder.
+    """Fixed sin-cos positions of a grid (h, w, s) -> (N, dim) float32: a third of dim per axis, then zeros.
 
-    CHOICE: coordinates are cell centres on a ruler of REFERENCE_GRID cells, (i + 1/2) * 16 / n. So any crop, size or depth
-    has positions without stored tables, positions are relative to the view (as DINO resizes its table to the crop), and a
-    2D image (n = 1) sits at the middle of the slice axis.
+    CHOICE: coordinates are cell centres on a ruler of REFERENCE_GRID cells, (i + 1/2) * 16 / n, whatever the
+    crop, size or depth: nothing is stored, positions are relative to the view (as DINO resizes its table to
+    the crop), and a 2D image (n = 1) sits at the middle of the slice axis.
     """
     k = dim // 6  # frequencies per axis, each with a sine and a cosine
-    omega = 10000 ** (-torch.arange(k, dtype=torch.float32, device=device) / k)  # (k,), "Attention is all you need" Sec. 3.5
+    omega = 10000 ** (-torch.arange(k, dtype=torch.float32, device=device) / k)  # (k,), Vaswani et al. 3.5
     axes = []
     for axis, n in enumerate(grid):
         centre = (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (REFERENCE_GRID / n)  # (n,)
         angle = torch.outer(centre, omega)  # (n, k)
         shape = [n if a == axis else 1 for a in range(3)] + [2 * k]
-        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1).view(shape).expand(*grid, -1))  # (h, w, s, 2k)
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (n, 2k)
+        axes.append(waves.view(shape).expand(*grid, -1))  # (h, w, s, 2k)
     return F.pad(torch.cat(axes, dim=-1), (0, dim - 6 * k)).flatten(0, 2)  # (N, dim)
 
 
-# ------------------------------------------------------------------------------------------------------ transformer
+# ---- transformer ------------------------------------------------------------------------------------------
 class Attention(nn.Module):
     """Multi-head self-attention (B, N, D) -> (B, N, D)."""
 
@@ -136,14 +137,15 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block (B, N, D) -> (B, N, D); scale (2, B, 1, 1) weighs its two branches (stochastic depth)."""
+    """Pre-norm block (B, N, D) -> (B, N, D); scale (2, B, 1, 1) weighs its branches (stochastic depth)."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(),
+                                             fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x, scale=(1.0, 1.0)):
         x = x + scale[0] * self.attn(self.norm1(x))
@@ -159,9 +161,9 @@ def run_blocks(blocks, tokens, scales=None):
 
 
 def drop_branches(rate, depth, B, device):
-    """Stochastic depth: scales (depth, 2, B, 1, 1), 0 where a sample skips a branch, else 1 / (1 - its chance to).
+    """Stochastic depth: scales (depth, 2, B, 1, 1), 0 where a sample skips a branch, else 1 / (1 - rate).
 
-    The chance grows from 0 in the first block to `rate` in the last, as in DINO; the expected branch is unchanged.
+    The rate grows from 0 in the first block to its full value in the last, as in DINO.
     """
     rates = torch.linspace(0, rate, depth, device=device).view(depth, 1, 1, 1, 1)
     return (torch.rand(depth, 2, B, 1, 1, device=device) >= rates) / (1 - rates)
@@ -170,29 +172,18 @@ def drop_branches(rate, depth, B, device):
 def init_weights(module):
     """Xavier uniform, zero bias, for every linear map of both methods, the patch kernel included.
 
-    MAE's official code starts so (Sec. 3.4 follows it). CHOICE: SimDINO too: its code's normal of std 0.02 is of Xavier's
-    size at ViT-B's width only, and learned less in narrower networks (docs/learning.md).
+    MAE's official code starts so (Sec. 3.4 follows it). CHOICE: SimDINO too: its code's normal of std 0.02 is
+    of Xavier's size at ViT-B's width only, and learned less in a narrower network (docs/learning.md).
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
-class PatchEmbed(nn.Module):
-    """Linear projection of flattened patches, (B, N, P) -> (B, N, D); a Conv3d with kernel = stride in matrix form."""
-
-    def __init__(self, patch_size, dim):
-        super().__init__()
-        self.proj = nn.Linear(3 * math.prod(patch_size), dim)
-
-    def forward(self, patches):
-        return self.proj(patches)
-
-
 class ViT(nn.Module):
-    """The encoder (Sec. 3.1, 3.4): (B, C, H, W, S) normalised to [-1, 1] -> tokens (B, [1+]N, D), the CLS token first.
+    """The encoder (Sec. 3.1, 3.4): (B, C, H, W, S) in [-1, 1] -> tokens (B, [1+]N, D), the CLS token first.
 
-    Parameter names are those of timm, DINO and MAE. Positions are computed, not stored, so one file serves every size.
+    Parameter names are those of timm, DINO and MAE. Positions are computed, so one file serves every size.
     """
 
     def __init__(self, arch="vit_b", patch_size=PATCH_SIZE, cls_token=False, drop_path=0.0):
@@ -201,7 +192,8 @@ class ViT(nn.Module):
         self.patch_size = tuple(patch_size)
         self.dim, depth, heads = ARCHS[arch]
         self.drop_path = drop_path
-        self.patch_embed = PatchEmbed(self.patch_size, self.dim)
+        kernel = nn.Linear(3 * math.prod(patch_size), self.dim)  # a Conv3d of kernel = stride in matrix form
+        self.patch_embed = nn.Sequential(OrderedDict(proj=kernel))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim)) if cls_token else None
         self.blocks = nn.ModuleList(Block(self.dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
@@ -212,8 +204,9 @@ class ViT(nn.Module):
     def grid(self, size):
         """Patch grid (h, w, s) of samples of a size (H, W, S); an image, S = 1, counts as one patch deep."""
         if any(n % p for n, p in zip(size, self.patch_size) if n > 1):
-            raise UserError(f"samples of {'x'.join(map(str, size))} are not whole patches of "
-                            f"{'x'.join(map(str, self.patch_size))}: prepare them with another --size, --slices or --frames")
+            have, need = ("x".join(map(str, sides)) for sides in (size, self.patch_size))
+            raise UserError(f"samples of {have} are no whole patches of {need}: choose another --patch-size, "
+                            "or prepare them with another --size, --slices or --frames")
         return tuple(max(1, n // p) for n, p in zip(size, self.patch_size))
 
     def tokens(self, x):
@@ -225,129 +218,121 @@ class ViT(nn.Module):
     def encode(self, tokens):
         """(B, N, D), all tokens or any subset of them -> (B, [1+]N, D)."""
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)  # (B, 1+N, D)
+            cls = self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype)  # (B, 1, D)
+            tokens = torch.cat([cls, tokens], dim=1)  # (B, 1+N, D)
         drop = self.training and self.drop_path > 0
         scales = drop_branches(self.drop_path, len(self.blocks), len(tokens), tokens.device) if drop else None
-        tokens = run_blocks(self.blocks, tokens, scales)  # (B, [1+]N, D)
-        return self.norm(tokens)
+        return self.norm(run_blocks(self.blocks, tokens, scales))  # (B, [1+]N, D)
 
     def forward(self, x):
         return self.encode(self.tokens(x))  # (B, [1+]N, D)
 
 
-def block_flops(blocks, n):
-    """Forward floating point operations of transformer blocks on n tokens: 12 D^2 weights a token, and attention."""
-    dim = blocks[0].norm1.weight.numel()
-    return len(blocks) * (24 * n * dim**2 + 4 * n**2 * dim)
-
-
 def pool(tokens, how, cls_token=True):
     """Tokens (B, [1+]N, D) -> embeddings (B, D) or, for mix, (B, 2D), in float32 (Sec. 3.2, 3.3, Fig. 3b).
 
-    how: avg (mean of the patch tokens), cls, or mix = [CLS, avg]. cls_token: whether the first token is a CLS token.
+    how: avg (mean of the patch tokens), cls, or mix = [CLS, avg]. cls_token: is the first token a CLS token?
     """
-    if how not in ("avg", "cls", "mix"):
-        raise UserError(f"unknown pooling {how!r}: choose avg, cls or mix")
-    if how != "avg" and not cls_token:
-        raise UserError(f"pooling {how!r} needs a CLS token, which this encoder (MAE) has not: use --pool avg")
-    parts = [tokens[:, 0].float()] if how != "avg" else []  # (B, D)
-    parts += [tokens[:, int(cls_token):].float().mean(dim=1)] if how != "cls" else []  # (B, D)
-    return torch.cat(parts, dim=1)  # (B, D) or (B, 2D)
+    if how not in ("avg", "cls", "mix") or how != "avg" and not cls_token:
+        raise UserError(f"pooling {how!r}: choose avg, cls or mix; an encoder of MAE has no CLS token: avg")
+    cls, avg = tokens[:, 0].float(), tokens[:, int(cls_token):].float().mean(dim=1)  # (B, D) each
+    return {"avg": avg, "cls": cls, "mix": torch.cat([cls, avg], dim=1)}[how]
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+# ---- checkpoints ------------------------------------------------------------------------------------------
 def save_checkpoint(path, encoder, **state):
-    """Write {config, encoder, **state} atomically; tensors and plain types only, so that weights_only loading works."""
+    """Write {config, encoder, **state} atomically: tensors and plain types only, for weights_only loading."""
     try:
         with atomic_write(path) as file:
             torch.save({"config": encoder.config, "encoder": encoder.state_dict(), **state}, file)
     except RuntimeError as error:  # what torch raises on a full disk
-        raise UserError(f"cannot write {path}: is the disk full? ({str(error).splitlines()[0]})") from error
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full?") from error
+
+
+@contextlib.contextmanager
+def expecting(path, advice="give a checkpoint.pt written by train.py"):
+    """Inside, whatever a damaged or foreign file can raise becomes one UserError that names it."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"{path} is damaged or does not fit ({reason}): {advice}") from None
 
 
 def read_checkpoint(path):
-    """File -> dict on the CPU. UserError if it is missing, damaged (each part's CRC is checked) or not a checkpoint."""
-    advice = "give a checkpoint.pt written by train.py"
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise UserError(f"{path} is damaged (a checksum differs): use an earlier checkpoint of the run")
-        with warnings.catch_warnings(action="ignore"):  # about the format of what is no checkpoint
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {advice}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from None
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
-        raise UserError(f"{path} is no PyTorch file, is cut short, or holds more than tensors and plain values "
-                        f"({type(error).__name__}): {advice}") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds no dictionary: {advice}")
-    return state
+    """File -> dict of tensors and plain values on the CPU. UserError if it is no such file."""
+    with expecting(path):
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def load_encoder(path, device="cpu"):
-    """Checkpoint file -> the ViT that embeds, in eval mode. Its architecture comes from the file; weights must fit exactly."""
+    """Checkpoint file -> the ViT that embeds, in eval mode; the file says its architecture, weights must fit."""
     state = read_checkpoint(path)
-    if not {"config", "encoder"} <= state.keys():
-        raise UserError(f"{path} is not a checkpoint of this program: give a checkpoint.pt written by train.py")
-    encoder = ViT(**state["config"])
-    load_exactly(encoder, state["encoder"], path)
+    with expecting(path):
+        encoder = ViT(**state["config"])
+        encoder.load_state_dict(state["encoder"])
     return encoder.to(device).eval()
 
 
-def load_exactly(module, weights, path):
-    """Load weights into a module; UserError that lists the keys and shapes that differ, if any do."""
-    own = module.state_dict()
-    differ = [k for k in own.keys() | weights.keys()
-              if k not in own or k not in weights or own[k].shape != weights[k].shape]
-    if differ:
-        raise UserError(f"{path} does not fit this network: {len(differ)} entries differ, such as {sorted(differ)[:3]}")
-    module.load_state_dict(weights)
-
-
-LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of public 2D checkpoints
+LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of public checkpoints
 
 
 def init_from_2d(encoder, path):
-    """Start from a public 2D ViT of the timm, DINO or MAE family, or from a checkpoint of ours (`train.py --init`).
+    """Start from a public 2D ViT (timm, DINO, MAE) or from a checkpoint of ours, for `train.py --init`.
 
-    The 2D patch kernel (D, 3, ph, pw) is inflated over the slices and divided by their number, so that an image replicated
-    over S gives the 2D network's patch tokens. timm and DINO add the first row of pos_embed to the CLS token: so do we, once.
-    CHOICE: other learned positions and heads are left out, positions here are fixed; a missing CLS token keeps its random
-    start. Everything else must be there and fit.
+    The 2D patch kernel (D, 3, ph, pw) is inflated over the slices and divided by their number: an image
+    replicated over S gives the 2D network's tokens. timm and DINO add the first row of pos_embed to the CLS
+    token: so do we.
+    CHOICE: other positions and the heads are left out; a missing CLS token keeps its random start.
     """
     state = read_checkpoint(path)
-    for key in ("encoder", "teacher", "model", "state_dict"):  # where DINO, MAE and others nest their weights
-        state = state[key] if isinstance(state.get(key), dict) else state
-    state = {key.removeprefix("module.").removeprefix("backbone.").replace("fc_norm.", "norm."): value
-             for key, value in state.items()}
-    if "cls_token" in state and "pos_embed" in state:
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]  # (1, 1, D)
-    state = {key: value for key, value in state.items() if not key.startswith(LEFT_OUT)}
-    kernel = state.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.dim() == 4:
-        ps = encoder.patch_size[-1]
-        kernel = kernel.permute(0, 2, 3, 1)[:, :, :, None] / ps  # (D, ph, pw, 1, 3)
-        state["patch_embed.proj.weight"] = kernel.expand(-1, -1, -1, ps, -1).flatten(1)  # (D, P)
-    if encoder.cls_token is None:
-        state.pop("cls_token", None)
-    else:
-        state.setdefault("cls_token", encoder.cls_token.data)
-    load_exactly(encoder, state, path)
+    with expecting(path, "--init takes a ViT of this --arch and --patch-size"):
+        for key in ("encoder", "teacher", "model", "state_dict"):  # where the families nest their weights
+            state = state[key] if isinstance(state.get(key), dict) else state
+        state = {key.removeprefix("module.").removeprefix("backbone.").replace("fc_norm.", "norm."): value
+                 for key, value in state.items()}
+        if "cls_token" in state and "pos_embed" in state:
+            state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]  # (1, 1, D)
+        state = {key: value for key, value in state.items() if not key.startswith(LEFT_OUT)}
+        kernel = state["patch_embed.proj.weight"]
+        if kernel.dim() == 4:
+            ps = encoder.patch_size[-1]
+            kernel = kernel.permute(0, 2, 3, 1)[:, :, :, None] / ps  # (D, ph, pw, 1, 3)
+            state["patch_embed.proj.weight"] = kernel.expand(-1, -1, -1, ps, -1).flatten(1)  # (D, P)
+        if encoder.cls_token is None:
+            state.pop("cls_token", None)
+        else:
+            state.setdefault("cls_token", encoder.cls_token.data)
+        encoder.load_state_dict(state)
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# ---- pictures ---------------------------------------------------------------------------------------------
+def read_picture_flags(parser, out):
+    """Flags of the scripts that draw one file -> args, and the file as a sample (1, C, H, W, S) in [0, 1]."""
+    flag = parser.add_argument
+    flag("file", help="a DICOM, NIfTI, image or video file, or the folder of a DICOM series")
+    flag("--out", default=out, help=f"picture to write (default {out}); slices run from left to right")
+    flag("--modality", choices=MODALITIES, help="what the file shows, if it does not say so itself")
+    flag("--size", type=positive, default=256, help="longer side in pixels (default 256)")
+    flag("--seed", type=int, default=0, help="of what is random: the mask, or crops and intensities")
+    args = parser.parse_args()
+    _, array = read_any(args.file, args.modality, size=args.size)
+    return args, take_frames(unit(torch.from_numpy(array)[None]))
+
+
+def tiles_of(x, most=8):
+    """(1, 3, H, W, S) -> at most so many of its slices, evenly spaced, (3, H, W) each."""
+    shown = torch.linspace(0, x.shape[-1] - 1, min(x.shape[-1], most)).round().long()
+    return list(x[0, ..., shown].unbind(-1))
+
+
 def save_montage(path, rows, gap=4):
-    """Write rows of tiles, each (C, H, W) in [0, 1], as one PNG, packed to the left on grey."""
-    height = sum(max(tile.shape[1] for tile in row) + gap for row in rows) - gap
-    width = max(sum(tile.shape[2] + gap for tile in row) for row in rows) - gap
-    canvas, y = torch.full((3, height, width), 0.25), 0
-    for row in rows:
-        x = 0
-        for tile in row:
-            canvas[:, y:y + tile.shape[1], x:x + tile.shape[2]] = tile
-            x += tile.shape[2] + gap
-        y += max(tile.shape[1] for tile in row) + gap
-    pixels = (canvas.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # (height, width, 3)
+    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG: a grid of cells as large as the largest tile."""
+    height, width = (max(tile.shape[axis] for row in rows for tile in row) + gap for axis in (1, 2))
+    sheet = torch.full((3, len(rows) * height, max(map(len, rows)) * width), 0.25)
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            sheet[:, i * height:, j * width:][:, :tile.shape[1], :tile.shape[2]] = tile
+    pixels = (sheet[:, :-gap, :-gap].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (height, width, 3)
     with atomic_write(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG")
+        Image.fromarray(pixels.numpy()).save(file, format="PNG")

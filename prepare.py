@@ -73,6 +73,14 @@ class UserError(Exception):
         return super().__str__().splitlines()[-1].removeprefix("prepare.UserError: ")
 
 
+def cli(main):
+    """Run a script: what a user can cause is one line on standard error, exit code 1."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[-1].removeprefix('prepare.UserError: ')}")
+
+
 class Refused(Exception):
     """Why one file is left out; never quotes a header value."""
 
@@ -1250,7 +1258,7 @@ class CachedDataset(Dataset):
         return torch.from_numpy(load_sample(self.rows[index]["folder"], self.rows[index]))  # (C, H, W, S)
 
 
-def read_any(path, modality=None, size=256, slices=64, frames=16):
+def read_any(path, modality=None, likely=None, size=256, slices=64, frames=16):
     """(modality, array (C, H, W, S)) of one file or one series folder, through the readers and guards of the cache.
 
     Where neither `modality` nor a DICOM tag says it, a video is endoscopy, a NIfTI file CT, another image an X-ray.
