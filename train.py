@@ -3,10 +3,9 @@
     python train.py --ssl simdino                                    # one process, CPU or GPU
     torchrun --nproc_per_node=16 train.py --ssl mae                  # one process per GPU
 
-Every step takes one modality and one shape on all ranks, a batch (B, C, H, W, S) on each. All that a step
-does follows from (seed, step, rank) alone: the same command again continues from the checkpoint as if never
-stopped. Writes runs/NAME/: checkpoint.pt, log.jsonl (a line a step; after a restart the last line of a step
-counts), and DONE.
+All that a step does follows from (seed, step, rank) alone, so the same command again continues a run as if
+never stopped. Writes runs/NAME/: checkpoint.pt; log.jsonl, a line a step, the last one counts; DONE at the
+end.
 """
 import argparse
 import fcntl
@@ -29,8 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mae import MAE
-from model import (ARCHS, PATCH_SIZE, Block, ViT, expecting, init_from_2d, read_checkpoint, save_checkpoint, stack,
-                   take_frames, unit)
+from model import (ARCHS, PATCH_SIZE, Block, ViT, expecting, init_from_2d, read_checkpoint, save_checkpoint,
+                   stack, take_frames, unit)
 from prepare import MODALITIES, CachedDataset, UserError, cli, read_samples
 from simdino import LOCAL_VIEWS_2D, MOMENTUM, SimDINO
 
@@ -38,12 +37,11 @@ WARMUP_EPOCHS = 10  # Sec. 3.4, of 300 epochs
 WARMUP_SHARE = 0.1  # CHOICE: and at most a tenth of the run, so that short runs reach the peak rate too
 DROP_PATH = 0.1  # stochastic depth of the SimDINO student (official implementation)
 MAX_BAD_STEPS = 10  # non-finite steps in a row before the run stops
-FREE_FLAGS = {"preset", "data", "out", "workers", "max_steps", "save_minutes", "keep_every"}  # may change on resuming
-PRESETS = {  # flags that --preset sets, printed at the start; a flag on the command line goes before them
-    # for a CPU; gamma is the formula's at the paper's 256 volumes, a quicker teacher suits short runs: docs/learning.md
-    "demo": dict(arch="vit_xs", patch_size=8, batch_size=48, batch_size_3d=48, local_views=2, epochs=160,
-                 gamma=0.0078, momentum=0.9),
-    "small": dict(arch="vit_xs", patch_size=8, batch_size=48, local_views=2, gamma=0.0078, momentum=0.9)}
+FREE_FLAGS = {"preset", "data", "out", "workers", "max_steps", "save_minutes", "keep_every"}  # may change midway
+# What --preset sets and prints; flags of the command line go before it. For minutes on a CPU: a small network, the
+# gamma of the paper's 256 volumes, and a teacher quick enough for a few thousand steps (docs/learning.md).
+SMALL = dict(arch="vit_xs", patch_size=8, batch_size=48, local_views=2, gamma=0.0078, momentum=0.9)
+PRESETS = {"demo": SMALL | dict(batch_size_3d=48, epochs=160), "small": SMALL}
 
 
 # ---- schedule ---------------------------------------------------------------------------------------------
@@ -55,9 +53,9 @@ def seed_of(*numbers):
 def plan_epoch(sizes, batches, seed, epoch):
     """The steps of one epoch, [(group, sample numbers (batch,))], from (seed, epoch) alone.
 
-    sizes, batches: samples and global batch size of each group (a modality and shape). A group is shuffled
-    and cut into k whole batches; what is left over waits for another epoch. Batch i is due at (i + u) / k of
-    the epoch, one random u per group: every modality is spread evenly, and modalities alternate (Sec. 3.4).
+    sizes, batches: samples and global batch size of each group. A group is shuffled and cut into k whole
+    batches; what is left over waits for another epoch. Batch i is due at (i + u) / k of the epoch, one random
+    u a group: every group is spread evenly, and modalities alternate (Sec. 3.4).
     """
     steps = []
     for group, (n, batch) in enumerate(zip(sizes, batches)):
@@ -68,14 +66,16 @@ def plan_epoch(sizes, batches, seed, epoch):
 
 
 class Schedule:
-    """Which samples each step takes: pure in the step, so that every rank knows every batch without talking."""
+    """Which samples a step takes: pure in the step, so that every rank knows every batch without talking.
+
+    A group is the samples of one modality and shape; one that is smaller than a global batch is left out.
+    """
 
     def __init__(self, rows, args, rank=0, world=1):
         self.rows, self.rank, self.world = rows, rank, world
-        groups = defaultdict(list)
+        groups, self.groups, sizes, batches = defaultdict(list), [], [], []
         for number, row in enumerate(rows):
             groups[row["modality"], row["shape"]].append(number)
-        self.groups, sizes, batches = [], [], []
         for (modality, shape), members in groups.items():
             volume = shape[0] == 1 and shape[3] > 1
             batch = world * (args.batch_size_3d if volume else args.batch_size)
@@ -84,11 +84,11 @@ class Schedule:
                 sizes.append(len(members))
                 batches.append(batch)
             elif rank == 0:
-                print(f"left out: {len(members)} {modality} samples of shape {'x'.join(map(str, shape))}, fewer than "
-                      f"a global batch of {batch}")
-        for modality in {modality for modality, _ in groups} - {modality for modality, _ in self.groups}:
-            raise UserError(f"too few {modality} samples for one global batch: lower --batch-size or --batch-size-3d, "
-                            "or leave them out with --modalities")
+                print(f"left out: {len(members)} {modality} samples of shape {'x'.join(map(str, shape))}, fewer "
+                      f"than a global batch of {batch}")
+        for modality in {key[0] for key in groups} - {group[0] for group in self.groups}:
+            raise UserError(f"too few {modality} samples for a global batch: lower --batch-size (volumes: "
+                            "--batch-size-3d), or leave them out with --modalities")
         self.per_epoch = sum(n // batch for n, batch in zip(sizes, batches))
         self.total = args.epochs * self.per_epoch
         self.warmup = max(1, round(min(WARMUP_EPOCHS * self.per_epoch, WARMUP_SHARE * self.total)))
@@ -114,12 +114,14 @@ def cosine(start, end, progress):
 
 
 def learning_rate(step, total, warmup, peak):
-    """Of step 0 .. total - 1: linear warm-up to the peak, then cosine towards zero (Sec. 3.4), in optimizer steps."""
-    return peak * (step + 1) / warmup if step < warmup else cosine(peak, 0, (step - warmup) / (total - warmup))
+    """Of step 0 .. total - 1: linear warm-up to the peak, then cosine to zero (Sec. 3.4), in optimizer steps."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return cosine(peak, 0, (step - warmup) / (total - warmup))
 
 
 def select_rows(folders, modalities, fraction):
-    """Rows of cache folders that pretraining may see: the named modalities, never the test split, a share of each.
+    """Rows of cache folders that pretraining may see: of the named modalities, never the test split.
 
     Samples are ranked by id, a keyed hash, so the subsets of --data-fraction are random and nested (Sec.
     4.4).
@@ -131,14 +133,14 @@ def select_rows(folders, modalities, fraction):
         group = [row for row in rows if row["modality"] == modality]
         chosen += group[:math.ceil(fraction * len(group))]
     if not chosen:
-        raise UserError(f"{', '.join(map(str, folders))}: no {' or '.join(modalities)} samples outside the test split; "
-                        "prepare some, or name others with --data and --modalities")
+        raise UserError(f"{', '.join(map(str, folders))}: no {' or '.join(modalities)} samples outside the test "
+                        "split; prepare some, or name others with --data and --modalities")
     return chosen
 
 
 # ---- run folder -------------------------------------------------------------------------------------------
 def save(args, about, method, optimizer, step, epoch):
-    """Write checkpoint.pt, and epoch_NNNN.pt if the epoch just completed (None within one) is to be kept."""
+    """Write checkpoint.pt and, if the epoch just completed (None within one) is to be kept, epoch_NNNN.pt."""
     names = ["checkpoint.pt"]
     if epoch and args.keep_every and epoch % args.keep_every == 0:
         names.append(f"epoch_{epoch:04d}.pt")
@@ -150,15 +152,14 @@ def save(args, about, method, optimizer, step, epoch):
 def resume(path, about, method, optimizer, rank):
     """Load a checkpoint into method and optimizer; returns how many steps of this run are done.
 
-    If the number of processes or the data changed, that is the same share of the new run as was done of the
-    old.
+    If the number of processes or the data changed, the same share of the new run counts as done.
     """
     state = read_checkpoint(path)
     with expecting(path, "choose another --out"):
         old, new = json.loads(state["flags"]), json.loads(about["flags"])
         differ = [f"--{key.replace('_', '-')} {old.get(key)}" for key in new if old.get(key) != new[key]]
         if differ:
-            raise UserError(f"{path} was made with {' '.join(differ)}: repeat these flags, or choose another --out")
+            raise UserError(f"{path} was made with {' '.join(differ)}: repeat that, or choose another --out")
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"] * about["total"] // state["total"]
@@ -168,24 +169,15 @@ def resume(path, about, method, optimizer, rank):
     return done
 
 
-def lock(folder):
-    """Hold the run folder for this process, until it ends; returns None if another training holds it."""
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return None
-    return file
-
-
 # ---- steps ------------------------------------------------------------------------------------------------
 def make_optimizer(method):
-    """Fused AdamW in two groups: weight matrices decay; biases, norms and (unlike both official codes) tokens do not."""
+    """Fused AdamW; biases, norms and tokens do not decay. CHOICE: tokens, which both official codes decay."""
     decay, free = [], []
     for name, p in method.named_parameters():
         if p.requires_grad:
             (free if p.ndim < 2 or name.endswith("_token") else decay).append(p)
-    return torch.optim.AdamW([{"params": decay}, {"params": free}], betas=method.BETAS, weight_decay=0.0, fused=True)
+    groups = [{"params": decay}, {"params": free}]
+    return torch.optim.AdamW(groups, betas=method.BETAS, weight_decay=0.0, fused=True)
 
 
 def any_rank(*flags, device):
@@ -197,28 +189,22 @@ def any_rank(*flags, device):
 
 
 def own_group(worker):
-    """Put a loader process in a process group of its own, out of reach of signals to the whole run: that saves first."""
+    """Put a loader process out of reach of signals to the whole group: this process saves first."""
     os.setpgrp()
 
 
-def peak_memory(device):
-    """Highest memory of this process so far, GiB: of the GPU where there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def fit(args, about, method, optimizer, schedule, start, stop, device):
-    """Steps start .. stop - 1, one optimizer update each; returns how many steps are done, and how many were skipped."""
-    bf16 = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)  # fp32 is faster elsewhere
-    model = method if schedule.world == 1 else DistributedDataParallel(method, gradient_as_bucket_view=True)
+    """Steps start .. stop - 1, one optimizer update each -> how many steps are done, and how many were skipped."""
+    bf16 = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)  # else fp32 is faster
+    model, main = method, schedule.rank == 0
+    if schedule.world > 1:
+        model = DistributedDataParallel(method, gradient_as_bucket_view=True)
     trained = [p for p in method.parameters() if p.requires_grad]
     loader = DataLoader(CachedDataset(schedule.rows), batch_sampler=schedule.shares(start, stop), collate_fn=stack,
                         num_workers=args.workers, worker_init_fn=own_group, pin_memory=device.type == "cuda")
     signals = []
     for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(name, lambda number, frame: signals.append(number))
-    main = schedule.rank == 0
     log = open(args.out / "log.jsonl" if main else os.devnull, "a", buffering=1)
     bar = tqdm(initial=start, total=stop, unit="step", smoothing=0.05, disable=not main)
     bad_steps, skipped, saved, clock = 0, 0, time.monotonic(), time.perf_counter()
@@ -231,38 +217,41 @@ def fit(args, about, method, optimizer, schedule, start, stop, device):
             decay["weight_decay"] = cosine(*method.WEIGHT_DECAY, step / schedule.total)
 
             torch.manual_seed(seed_of(args.seed, 1, step, schedule.rank))  # stochastic depth
-            generator = torch.Generator().manual_seed(seed_of(args.seed, 2, step, schedule.rank))  # frames, masks, views
-            x = take_frames(unit(batch.to(device, non_blocking=True)), generator=generator)  # (B, C, H, W, S) in [0, 1]
-            inputs = method.inputs(x, generator)
+            generator = torch.Generator().manual_seed(seed_of(args.seed, 2, step, schedule.rank))
+            x = unit(batch.to(device, non_blocking=True))  # (B, C, H, W, S) in [0, 1]
+            inputs = method.inputs(take_frames(x, generator=generator), generator)  # frames, then masks or views
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, parts = model(*inputs)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # DDP averages gradients over ranks here
             norm = nn.utils.clip_grad_norm_(trained, method.CLIP_GRAD)
-            stopping, bad = any_rank(bool(signals), not math.isfinite(loss.item() + norm.item()), device=device)
+            finite = math.isfinite(loss.item() + norm.item())
+            stopping, bad = any_rank(bool(signals), not finite, device=device)
             if not bad:
                 optimizer.step()
                 method.after_step(step / schedule.total)
 
             modality, numbers = schedule.batch(step)
             seconds = time.perf_counter() - clock
-            record = {"loss": loss, **parts, "lr": decay["lr"], "grad_norm": norm, "skipped": bad,
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            if device.type == "cuda":
+                memory = torch.cuda.max_memory_allocated()
+            record = {"loss": loss.item(), **parts, "lr": decay["lr"], "grad_norm": norm.item(), "skipped": bad,
                       "samples_per_s": schedule.world * len(x) / seconds, "data_wait": waited / seconds,
-                      "peak_memory_gb": peak_memory(device)}
+                      "peak_memory_gb": memory / 2**30}
             record = {key: float(value) if math.isfinite(value) else None for key, value in record.items()}
-            log.write(json.dumps({"step": step + 1, "epoch": step // schedule.per_epoch, "modality": modality,
-                                  **record}) + "\n")  # JSON has no NaN
+            place = {"step": step + 1, "epoch": step // schedule.per_epoch, "modality": modality}
+            log.write(json.dumps(place | record) + "\n")
             bar.set_postfix_str(f"{modality} loss {loss.item():.4f}", refresh=False)
             bar.update()
             bad_steps, skipped = bad_steps + 1 if bad else 0, skipped + bad
             if bad_steps == MAX_BAD_STEPS:
-                ids = " ".join(schedule.rows[i]["id"] for i in numbers)
-                raise UserError(f"step {step + 1}: {bad_steps} non-finite steps in a row, now {modality} with {record}, "
-                                f"samples {ids}; look at these, or continue from the last checkpoint with a lower --lr "
-                                "in another --out with --init")
+                raise UserError(f"step {step + 1}: {bad_steps} non-finite steps in a row, now {modality} with "
+                                f"{record}, samples {' '.join(schedule.rows[i]['id'] for i in numbers)}: look at "
+                                "these, or start again with a lower --lr")
             epoch = (step + 1) // schedule.per_epoch if (step + 1) % schedule.per_epoch == 0 else None
-            due = epoch or stopping or step + 1 == stop or time.monotonic() - saved > 60 * args.save_minutes
-            if due and main:
+            late = time.monotonic() - saved > 60 * args.save_minutes
+            if main and (epoch or late or stopping or step + 1 == stop):
                 save(args, about, method, optimizer, step + 1, epoch)
                 saved = time.monotonic()
             if stopping:
@@ -272,19 +261,18 @@ def fit(args, about, method, optimizer, schedule, start, stop, device):
 
 
 def build(args, device):
-    """The untrained method, its blocks compiled where there is a GPU."""
+    """The untrained method on its device; on a GPU its blocks are compiled, one static graph for each shape."""
     torch.manual_seed(seed_of(args.seed, 0))
-    simdino = args.ssl == "simdino"
-    patch_size = (args.patch_size, args.patch_size, PATCH_SIZE[-1])
-    encoder = ViT(args.arch, patch_size, cls_token=simdino, drop_path=DROP_PATH if simdino else 0.0)
+    simdino, patch = args.ssl == "simdino", (args.patch_size, args.patch_size, PATCH_SIZE[-1])
+    encoder = ViT(args.arch, patch, cls_token=simdino, drop_path=DROP_PATH if simdino else 0.0)
     if args.init:
         init_from_2d(encoder, args.init)
     if simdino:
         method = SimDINO(encoder, args.local_views, args.gamma, args.momentum)
     else:
-        width = min(512, encoder.dim)  # CHOICE: 512 as official for ViT-B, but not wider than a smaller encoder
+        width = min(512, encoder.dim)  # CHOICE: official for ViT-B; not wider than a smaller encoder
         method = MAE(encoder, decoder_dim=width, decoder_heads=width // 32)
-    if device.type == "cuda":  # blocks are compiled one by one and share a static graph for each of the few shapes
+    if device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64
         for block in (module for module in method.modules() if isinstance(module, Block)):
             block.compile(dynamic=False)
@@ -294,16 +282,18 @@ def build(args, device):
 def train(args, rank, world, device):
     """A run from its checkpoint, or from the start, to its end, a signal or --max-steps."""
     rows = select_rows(args.data, args.modalities, args.data_fraction)
+    schedule = Schedule(rows, args, rank, world)
+    args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         for (folder, modality), n in sorted(Counter((row["folder"], row["modality"]) for row in rows).items()):
             print(f"training on {folder}: {n} {modality}")
-    schedule = Schedule(rows, args, rank, world)
-    args.out.mkdir(parents=True, exist_ok=True)
-    held = lock(args.out) if rank == 0 else True
+        held = open(args.out / ".lock", "w")  # as long as this process lives
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{args.out}: another training is at work there; choose another --out") from None
     path = args.out / "checkpoint.pt"
-    busy, some, none = any_rank(held is None, path.exists(), not path.exists(), device=device)
-    if busy:
-        raise UserError(f"another training is at work in {args.out}: wait for it, or choose another --out")
+    some, none = any_rank(path.exists(), not path.exists(), device=device)
     if some and none:
         raise UserError(f"only some processes see {path}: --out must be one folder shared by all nodes")
     flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
@@ -319,56 +309,55 @@ def train(args, rank, world, device):
     if rank == 0:
         if done >= schedule.total:
             (args.out / "DONE").touch()
-        print(f"{args.out}: {done} of {schedule.total} steps done" + f", {skipped} of them skipped" * (skipped > 0))
+        print(f"{args.out}: {done} of {schedule.total} steps done, {skipped} of these just skipped as non-finite")
 
 
 def number(kind, low, high=math.inf):
-    """A reader of --flag values for argparse: kind(text), which must lie in [low, high]."""
+    """A reader of flags for argparse: kind(text), which must lie in [low, high]."""
     def read(text):
         if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    read.__name__ = f"number from {low} to {high}:"
+    read.__name__ = f"number from {low} to {high}:"  # argparse says "invalid ... value"
     return read
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Pretrain the M3Ret encoder; the same command again resumes the run.",
+    parser = argparse.ArgumentParser(description="Pretrain the encoder; the same command again resumes the run.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = parser.add_argument
+    flag, count, workers = parser.add_argument, number(int, 1), 4 if torch.cuda.is_available() else 0
     flag("--ssl", choices=["mae", "simdino"], default="simdino", help="method; docs/learning.md compares them")
-    flag("--preset", choices=PRESETS, help="set the flags of the demo, or of a thousand small images on a CPU")
-    flag("--data", nargs="+", type=Path, help="cache folders (default: all under cache/, the demo only if alone)")
+    flag("--preset", choices=PRESETS, help="flags for the demo, or for a thousand small images on a CPU")
+    flag("--data", nargs="+", type=Path, help="cache folders (default: all in cache/; demo only if alone)")
     flag("--out", type=Path, help="run folder (default: runs/SSL); name a new one for every experiment")
     flag("--arch", choices=ARCHS, default="vit_b", help="vit_t or vit_s for small data or a CPU")
-    flag("--patch-size", type=int, choices=[8, 16, 32], default=16, help="in plane; 8 is finer and much slower")
-    flag("--epochs", type=number(int, 1), default=300, help="length of the run and of its schedules")
-    flag("--batch-size", type=number(int, 1), default=32, help="images or videos per process; lower it if memory ends")
-    flag("--batch-size-3d", type=number(int, 1), default=16, help="volumes per process")
-    flag("--lr", type=number(float, 1e-9, 1), default=1e-3, help="peak learning rate; lower it if the loss turns NaN")
+    flag("--patch-size", type=int, choices=[8, 16, 32], default=16, help="in plane; 8 is finer and slower")
+    flag("--epochs", type=count, default=300, help="length of the run and of its schedules")
+    flag("--batch-size", type=count, default=32, help="images or videos per process; lower to save memory")
+    flag("--batch-size-3d", type=count, default=16, help="volumes per process")
+    flag("--lr", type=number(float, 1e-9, 1), default=1e-3, help="peak rate; lower it if the loss turns NaN")
     flag("--modalities", nargs="+", choices=MODALITIES, default=[m for m in MODALITIES if m != "mri"],
          help="what to train on; mri is left out unless named, to stay unseen")
-    flag("--data-fraction", type=number(float, 1e-6, 1), default=1.0, help="share of each modality; 0.2 is within 0.6")
-    flag("--local-views", type=number(int, 0), default=LOCAL_VIEWS_2D, help="of an image (simdino); fewer are faster")
-    flag("--gamma", type=number(float, 0), help="weight of the coding rate (simdino; default: (d + m) / (d m))")
-    flag("--momentum", type=number(float, 0, 1), default=MOMENTUM, help="of the teacher at first (simdino); lower it "
-         "in runs of a few thousand steps")
-    flag("--init", help="start from a 2D ViT of the timm, DINO or MAE family, or from another run's checkpoint")
-    flag("--seed", type=number(int, 0), default=0, help="of everything random; vary it to see a result's noise")
-    flag("--workers", type=number(int, 0), default=4 if torch.cuda.is_available() else 0,
-         help="data loading processes; raise it if data_wait in the log is above 0.1")
-    flag("--max-steps", type=number(int, 1), help="stop here for now; the schedules still span --epochs")
-    flag("--save-minutes", type=number(float, 0), default=15, help="save at least this often, besides every epoch")
-    flag("--keep-every", type=number(int, 0), default=0, help="also keep every so manieth epoch's checkpoint; 0: none")
+    flag("--data-fraction", type=number(float, 1e-6, 1), default=1.0, help="of each modality, nested")
+    flag("--local-views", type=number(int, 0), default=LOCAL_VIEWS_2D, help="simdino: of an image")
+    flag("--gamma", type=number(float, 0), help="simdino: weight of the coding rate (default: (d + m) / (d m))")
+    flag("--momentum", type=number(float, 0, 1), default=MOMENTUM, help="simdino: of the teacher at the first "
+         "step; lower in runs of a few thousand steps")
+    flag("--init", help="start from a 2D ViT of the timm, DINO or MAE family, or another run's checkpoint")
+    flag("--seed", type=number(int, 0), default=0, help="of all that is random; vary it to see the noise")
+    flag("--workers", type=number(int, 0), default=workers, help="loaders; raise if data_wait is above 0.1")
+    flag("--max-steps", type=count, help="stop here for now; the schedules still span --epochs")
+    flag("--save-minutes", type=number(float, 0), default=15, help="save this often, besides every epoch")
+    flag("--keep-every", type=number(int, 0), default=0, help="epochs; keep epoch_NNNN.pt for studies, 0: none")
     preset = PRESETS.get(parser.parse_known_args()[0].preset, {})
     parser.set_defaults(**preset)
     args = parser.parse_args()
-    if args.preset and int(os.environ.get("RANK", 0)) == 0:
-        print("--preset", args.preset, "sets", *(f"--{key.replace('_', '-')} {value}" for key, value in preset.items()))
-    args.out = args.out or Path("runs") / args.ssl
+    if preset and int(os.environ.get("RANK", 0)) == 0:
+        print("preset:", *(f"--{key.replace('_', '-')} {value}" for key, value in preset.items()))
     caches = sorted(file.parent for file in Path("cache").glob("*/samples.csv"))
-    archive = [folder for folder in caches if folder.name != "demo"]  # the demo's phantoms never mix with an archive
+    archive = [folder for folder in caches if folder.name != "demo"]  # phantoms never mix with real images
     args.data = args.data or archive or caches or [Path("cache")]
+    args.out = args.out or Path("runs") / args.ssl
     return args
 
 
@@ -378,8 +367,6 @@ def main():
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # set by torchrun
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

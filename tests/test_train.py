@@ -93,8 +93,8 @@ def test_a_group_smaller_than_a_batch_is_left_out_but_never_a_whole_modality(cap
     for row in rows[:3]:
         row["shape"] = (1, 64, 64, 1)
     schedule = Schedule(rows, flags())
-    assert "3 xray samples of shape 1x64x64x1" in capsys.readouterr().err and schedule.per_epoch == 2
-    with pytest.raises(UserError, match="lower --batch-size,"):
+    assert "3 xray samples of shape 1x64x64x1" in capsys.readouterr().out and schedule.per_epoch == 2
+    with pytest.raises(UserError, match="xray.* lower --batch-size"):
         Schedule(rows[:3], flags())
 
 
@@ -160,19 +160,31 @@ def run(*args, ranks=1, check=True, **options):
         stdout, stderr = ("".join(texts) for texts in zip(*outputs))
         done = Namespace(returncode=max(process.returncode for process in started), stdout=stdout, stderr=stderr)
     else:
-        done = Namespace(returncode=0)
-        with (contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output,
-              mock.patch.object(sys, "argv", [str(x) for x in command(*args, **options)[1:]])):
-            try:
-                train.main()
-            except UserError as error:
-                done.returncode = 1
-                print(f"train.py: {error}", file=sys.stderr)
-            except SystemExit as leave:
-                done.returncode = leave.code
-        done.stderr, done.stdout = errors.getvalue(), output.getvalue()
+        done = in_process([str(x) for x in command(*args, **options)[1:]])
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def train_here(*more):
+    return in_process([str(ROOT / "train.py"), "--ssl", "mae", *TINY, *more])
+
+
+def in_process(words):
+    """train.py in this process, as its last line runs it -> its return code and what it printed."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    code = 0
+    with (contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output,
+          mock.patch.object(sys, "argv", words)):
+        try:
+            train.cli(train.main)
+        except SystemExit as leave:
+            code = leave.code
+            if isinstance(code, str):  # as the interpreter does
+                print(code, file=sys.stderr)
+                code = 1
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    return Namespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
 
 
 def log_of(out):
@@ -190,22 +202,15 @@ def assert_same_run(a, b):
     assert len(flat["a"]) == len(flat["b"]) > 100
     for (path, x), (_, y) in zip(flat["a"], flat["b"]):
         assert torch.equal(x, y) if torch.is_tensor(x) else x == y, path
-    timing = {"samples_per_s", "tokens_per_s", "data_wait", "peak_memory_gb"}
-    assert [{k: v for k, v in x.items() if k not in timing} for x in log_of(a)] == \
-           [{k: v for k, v in x.items() if k not in timing} for x in log_of(b)]
-
-
-def rewind(out, file, copy):
-    """A run folder as it was when one of its older checkpoints was the newest, but for the log, which ran on."""
-    copy.mkdir()
-    shutil.copy(out / file, copy / "checkpoint.pt")
-    shutil.copy(out / "log.jsonl", copy)
+    timing = {"samples_per_s", "data_wait", "peak_memory_gb"}
+    logs = [{x["step"]: {k: v for k, v in x.items() if k not in timing} for x in log_of(out)} for out in (a, b)]
+    assert logs[0] == logs[1]  # of a step the last line counts
 
 
 @pytest.mark.parametrize("ssl", ["mae", "simdino"])
 def test_four_steps_are_two_plus_two(mixed_cache, tmp_path, ssl):
-    run(mixed_cache, tmp_path / "once", "--max-steps", "4", "--save-minutes", "0", ssl=ssl)
-    rewind(tmp_path / "once", "checkpoint.2.pt", tmp_path / "twice")
+    run(mixed_cache, tmp_path / "once", "--max-steps", "4", ssl=ssl)
+    run(mixed_cache, tmp_path / "twice", "--max-steps", "2", ssl=ssl)
     assert state_of(tmp_path / "twice")["step"] == 2
     run(mixed_cache, tmp_path / "twice", "--max-steps", "4", ssl=ssl)
     assert_same_run(tmp_path / "once", tmp_path / "twice")
@@ -213,16 +218,17 @@ def test_four_steps_are_two_plus_two(mixed_cache, tmp_path, ssl):
     assert [x["step"] for x in log] == [1, 2, 3, 4] and len({x["modality"] for x in log}) == 3
     assert all(np.isfinite(x["loss"]) and x["grad_norm"] > 0 for x in log)
     keys = {"mae": {"mse"}, "simdino": {"alignment", "coding_rate", "rate_max", "effective_rank", "gamma"}}[ssl]
-    assert keys | {"lr", "samples_per_s", "tokens_per_s", "data_wait", "peak_memory_gb", "epoch"} <= log[0].keys()
+    assert keys | {"lr", "samples_per_s", "data_wait", "peak_memory_gb", "epoch"} <= log[0].keys()
     assert not (tmp_path / "once" / "DONE").exists()
 
 
 def test_two_ranks(mixed_cache, tmp_path):
     """Two processes resume bit for bit, log what one would, and may become one and two again."""
-    run(mixed_cache, tmp_path / "once", "--max-steps", "2", "--save-minutes", "0", ssl="simdino", ranks=2)
-    rewind(tmp_path / "once", "checkpoint.1.pt", tmp_path / "twice")
-    run(mixed_cache, tmp_path / "twice", "--max-steps", "2", ssl="simdino", ranks=2)
+    run(mixed_cache, tmp_path / "once", "--max-steps", "2", ssl="simdino", ranks=2)
+    run(mixed_cache, tmp_path / "twice", "--max-steps", "1", ssl="simdino", ranks=2)
+    quiet = run(mixed_cache, tmp_path / "twice", "--max-steps", "2", ssl="simdino", ranks=2)
     assert_same_run(tmp_path / "once", tmp_path / "twice")
+    assert "Warning" not in quiet.stderr, quiet.stderr
     # one process with the joint batch: other random numbers, the same plan, and a coding rate over as many samples
     run(mixed_cache, tmp_path / "one", "--max-steps", "2", "--batch-size", "8", "--batch-size-3d", "4", ssl="simdino")
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "once"), strict=True):
@@ -230,10 +236,10 @@ def test_two_ranks(mixed_cache, tmp_path):
         assert all(a[k] == b[k] for k in ("step", "modality", "rate_max", "gamma", "lr"))
     # alone, an epoch has twice as many steps: 2 of 8 have become 4 of 16
     done = run(mixed_cache, tmp_path / "twice", "--max-steps", "5", ssl="simdino")
-    assert "step 2 of 8 becomes step 4 of 16" in done.stderr and state_of(tmp_path / "twice")["step"] == 5
+    assert "step 2 of 8 becomes step 4 of 16" in done.stdout and state_of(tmp_path / "twice")["step"] == 5
     assert [x["step"] for x in log_of(tmp_path / "twice")] == [1, 2, 5]
     done = run(mixed_cache, tmp_path / "twice", "--max-steps", "3", ssl="simdino", ranks=2)
-    assert done.stderr.count("step 5 of 16 becomes step 2 of 8") == 1  # said by the first process alone
+    assert done.stdout.count("step 5 of 16 becomes step 2 of 8") == 1  # said by the first process alone
 
 
 def start_and_wait(cache, out, lines, *more, **options):
@@ -247,10 +253,11 @@ def start_and_wait(cache, out, lines, *more, **options):
     return process
 
 
-def test_signal_to_the_whole_group_saves_too(mixed_cache, tmp_path):
-    """As schedulers send it: to the loader processes as well, which must outlive it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_whole_group_saves_too(mixed_cache, tmp_path, number):
+    """As schedulers and Ctrl-C send it: to the loader processes as well, which must outlive it."""
     process = start_and_wait(mixed_cache, tmp_path / "run", 3, "--workers", "2")
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     assert process.wait(60) == 0, process.stderr.read()
     assert state_of(tmp_path / "run")["step"] == log_of(tmp_path / "run")[-1]["step"]
 
@@ -273,21 +280,51 @@ def test_kill_9_loses_nothing(mixed_cache, tmp_path):
     run(mixed_cache, out, "--epochs", "500", "--save-minutes", "0", "--max-steps", "5")
     run(mixed_cache, tmp_path / "whole", "--epochs", "500", "--save-minutes", "0", "--max-steps", "5")
     assert_same_run(out, tmp_path / "whole")
-    assert not list(out.glob("*.tmp")) and len(list(out.glob("checkpoint*.pt"))) == 3
 
 
-def test_damaged_checkpoint_falls_back_loudly(mixed_cache, tmp_path):
+def test_a_second_training_in_the_same_folder_is_refused(mixed_cache, tmp_path):
+    process = start_and_wait(mixed_cache, tmp_path / "run", 1)
+    second = subprocess.run(command(mixed_cache, tmp_path / "run", "--epochs", "500"), capture_output=True, text=True)
+    assert second.returncode == 1 and "another training" in second.stderr.splitlines()[-1]
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 0, process.stderr.read()
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(mixed_cache, tmp_path):
     out = tmp_path / "run"
-    run(mixed_cache, out, "--save-minutes", "0", "--max-steps", "3")
-    data = (out / "checkpoint.pt").read_bytes()
-    (out / "checkpoint.pt").write_bytes(data[:len(data) // 2])
-    done = run(mixed_cache, out, "--max-steps", "3")
-    assert "checkpoint.pt" in done.stderr and state_of(out)["step"] == 3
-    assert [x["step"] for x in log_of(out)] == [1, 2, 3]
-    for file in out.glob("checkpoint*.pt"):
-        file.write_bytes(b"")
+    run(mixed_cache, out, "--max-steps", "1")
+    half = (out / "checkpoint.pt").read_bytes()[:1000]
+    (out / "checkpoint.pt").write_bytes(half)
     failed = run(mixed_cache, out, check=False)
-    assert failed.returncode == 1 and "move them away" in failed.stderr
+    assert failed.returncode == 1 and "checkpoint.pt is damaged" in failed.stderr
+    assert (out / "checkpoint.pt").read_bytes() == half
+
+
+def test_the_checkpoint_keeps_the_ids_it_was_trained_on(mixed_cache, tmp_path):
+    run(mixed_cache, tmp_path / "run", "--max-steps", "1", "--modalities", "xray", "ct")
+    rows = [row for row in train.read_samples(mixed_cache) if row["modality"] in ("xray", "ct")]
+    ids = state_of(tmp_path / "run")["ids"]
+    assert ids.dtype == torch.int64
+    assert {i % 2**64 for i in ids.tolist()} == {int(row["id"], 16) for row in rows} and len(rows) == 16
+
+
+def test_training_says_what_it_sees_and_leaves_the_demo_out(mixed_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_cache(tmp_path / "cache" / "demo", {"xray": (1, 32, 32, 1)}, seed=3)
+    done = train_here("--max-steps", "1")
+    assert "training on cache/mixed: 8 ct" in done.stdout and "demo" not in done.stdout
+    shutil.rmtree(mixed_cache)
+    assert "training on cache/demo: 8 xray" in train_here("--max-steps", "1", "--out", "alone").stdout
+
+
+def test_presets_print_what_they_set_and_flags_go_before_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "demo", "--epochs", "2"])
+    args = train.parse_args()
+    assert (args.arch, args.epochs, args.gamma, args.momentum) == ("vit_xs", 2, 0.0078, 0.9)
+    assert "--momentum 0.9" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    args = train.parse_args()
+    assert (args.arch, args.epochs, args.gamma, args.momentum) == ("vit_b", 300, None, 0.996)  # Sec. 3.3, 3.4
 
 
 def test_whole_run_ends_with_done_and_kept_epochs(mixed_cache, tmp_path):
@@ -297,7 +334,7 @@ def test_whole_run_ends_with_done_and_kept_epochs(mixed_cache, tmp_path):
     assert {"DONE", "checkpoint.pt", "epoch_0001.pt", "epoch_0002.pt", "log.jsonl"} <= names
     assert [torch.load(out / f"epoch_000{i}.pt", weights_only=True)["step"] for i in (1, 2)] == [2, 4]
     assert {x["modality"] for x in log_of(out)} == {"xray"}
-    again = run(mixed_cache, out, "--modalities", "xray")
+    again = run(mixed_cache, out, "--modalities", "xray", "--keep-every", "3")
     assert "4 of 4 steps done" in again.stdout
 
 
@@ -307,10 +344,11 @@ def test_non_finite_steps_are_skipped_then_stop_with_the_facts(mixed_cache, tmp_
     out = tmp_path / "run"
     failed = run(mixed_cache, out, "--epochs", "20", check=False)
     assert failed.returncode == 1 and re.search(r"step 10: 10 non-finite .*mse.*samples [0-9a-f]{16}", failed.stderr)
-    assert "Traceback" not in failed.stderr and sum(x["skipped"] for x in log_of(out)) == 10
+    assert "Traceback" not in failed.stderr and failed.stderr.splitlines()[-1].startswith("train.py: step 10")
+    assert sum(x["skipped"] for x in log_of(out)) == 10
     assert log_of(out)[-1]["loss"] is None and "NaN" not in (out / "log.jsonl").read_text()  # strict JSON
-    run(mixed_cache, tmp_path / "short", "--max-steps", "1")  # a skipped last step is saved: its weights are the old, good ones
-    assert state_of(tmp_path / "short")["step"] == 1
+    short = run(mixed_cache, tmp_path / "short", "--max-steps", "1")  # it is saved: the weights are the old, good ones
+    assert state_of(tmp_path / "short")["step"] == 1 and "1 of these just skipped" in short.stdout
 
 
 def test_wrong_use_is_one_line(mixed_cache, tmp_path):
@@ -323,12 +361,17 @@ def test_wrong_use_is_one_line(mixed_cache, tmp_path):
              ([tmp_path / "missing", tmp_path / "new"], 1, "missing"),
              ([tmp_path / "empty", tmp_path / "new"], 1, "empty"),
              ([mixed_cache, tmp_path / "new", "--init", tmp_path / "text.pt"], 1, "text.pt"),
+             ([mixed_cache, tmp_path / "run", "--init", tmp_path / "run" / "checkpoint.pt"], 1, "--init None"),
+             ([mixed_cache, tmp_path / "text.pt" / "new"], 1, "text.pt"),
+             ([mixed_cache, tmp_path / "new", "--patch-size", "32"], 1, "one patch"),
              ([mixed_cache, tmp_path / "new", "--patch-size", "17"], 2, "patch-size"),
+             *(([mixed_cache, tmp_path / "new", flag, value], 2, flag) for flag, value in (
+                 ("--lr", "nan"), ("--lr", "-1"), ("--momentum", "1.5"), ("--workers", "-1"), ("--epochs", "0"))),
              ([mixed_cache, tmp_path / "new", "--data-fraction", "1.5"], 2, "data-fraction")]
     for args, code, words in cases:
         failed = run(*args, check=False)
         assert failed.returncode == code and words in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
-        assert code == 2 or failed.stderr.strip().count("\n") == 0
+        assert code == 2 or failed.stderr.strip().splitlines()[-1].startswith("train.py: "), failed.stderr
     for truncated in mixed_cache.glob("*.npy"):
         truncated.write_bytes(truncated.read_bytes()[:50])
     failed = subprocess.run(command(mixed_cache, tmp_path / "new", "--workers", "1"), capture_output=True, text=True)
@@ -347,7 +390,8 @@ def test_every_flag_is_read_and_advised():
 @pytest.mark.parametrize("patch, ssl, views", [("8", "mae", "2"), ("32", "simdino", "0")])
 def test_ablation_flags(mixed_cache, tmp_path, patch, ssl, views):
     out = tmp_path / "run"
-    run(mixed_cache, out, "--max-steps", "1", "--patch-size", patch, "--local-views", views, "--seed", "1", ssl=ssl)
+    run(mixed_cache, out, "--max-steps", "1", "--patch-size", patch, "--local-views", views, "--seed", "1",
+        "--gamma", "0.01", "--momentum", "0.99", ssl=ssl)
     assert state_of(out)["config"]["patch_size"] == [int(patch), int(patch), 4]
     if ssl == "simdino":
-        assert state_of(out)["method"] == {"local_views": int(views), "eps": 0.5}
+        assert state_of(out)["method"] == {"local_views": int(views), "gamma": 0.01, "momentum": 0.99, "eps": 0.5}
