@@ -12,8 +12,9 @@ import math
 import torch
 from torch import nn
 
-from model import (Block, ViT, denormalize, expand, expecting, init_weights, normalize, patchify, read_checkpoint,
-                   read_picture_flags, run_blocks, save_montage, sincos_positions, tiles_of, unpatchify)
+from model import (Block, ViT, denormalize, evenly, expand, expecting, init_weights, normalize, patchify,
+                   read_checkpoint, read_picture_flags, run_blocks, save_montage, sincos_positions,
+                   unpatchify)
 from prepare import UserError, cli
 
 
@@ -23,7 +24,10 @@ def gather_tokens(x, index):
 
 
 class MAE(nn.Module):
-    """Encoder without CLS token, and a decoder of its own width. mask_ratio: the hidden share, alpha of Sec. 3.2."""
+    """An encoder without CLS token and a decoder of its own width; mask_ratio is alpha, the hidden share.
+
+    Encoder and decoder see a set of tokens, each with the position of its patch: their order means nothing.
+    """
 
     BETAS = (0.9, 0.95)  # AdamW, official implementation (Sec. 3.4 follows it)
     WEIGHT_DECAY = (0.05, 0.05)  # first and last step
@@ -36,7 +40,7 @@ class MAE(nn.Module):
         self.config = dict(mask_ratio=mask_ratio, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
                            decoder_heads=decoder_heads)
         self.decoder_embed = nn.Linear(encoder.dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))  # P_mask: one vector for all hidden patches
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))  # P_mask, the same for all
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, encoder.patch_embed.proj.in_features)
@@ -51,7 +55,7 @@ class MAE(nn.Module):
         return normalize(x), noise
 
     def mask(self, noise):
-        """noise (B, N) -> visible (B, (1-alpha)N) and hidden (B, alpha N) indices: the lowest noise stays visible."""
+        """Noise (B, N) -> visible (B, (1-alpha)N), where it is lowest, and hidden (B, alpha N) places."""
         order = noise.argsort(dim=1)  # (B, N), a random permutation of each sample's patches
         n = max(1, round(noise.shape[1] * (1 - self.mask_ratio)))  # (1 - alpha) N
         if n == noise.shape[1]:
@@ -59,7 +63,7 @@ class MAE(nn.Module):
         return order[:, :n], order[:, n:]
 
     def encode(self, x, visible):
-        """f_theta(P_vis): the encoder sees the visible patches only, where they were -> (B, (1-alpha)N, D)."""
+        """f_theta(P_vis): the encoder sees the visible patches only -> (B, (1-alpha)N, D)."""
         return self.encoder.encode(gather_tokens(self.encoder.tokens(x), visible))
 
     def decode(self, latent, visible, hidden, grid):
@@ -78,8 +82,8 @@ class MAE(nn.Module):
         return patchify(expand(x.float(), self.encoder.patch_size[-1]), self.encoder.patch_size)
 
     def loss(self, prediction, target):
-        """L_MAE of Sec. 3.2, fp32. We average a patch's P squared errors, the paper sums them: a constant factor."""
-        return (prediction.float() - target).square().mean()  # over B, the alpha N hidden patches, and P
+        """L_MAE of Sec. 3.2, in fp32, of hidden patches (B, alpha N, P) -> scalar."""
+        return (prediction.float() - target).square().mean()  # the paper sums over P: P times this mean
 
     def forward(self, x, noise):
         """x (B, C, H, W, S) in [-1, 1]; noise (B, N) decides the mask -> scalar loss, {"mse": loss}."""
@@ -94,7 +98,7 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x, noise):
-        """x (B, C, H, W, S), noise (B, N) -> original, masked, reconstruction, each (B, 3, H, W, S) in [0, 1]."""
+        """Arguments of `forward` -> original, masked, reconstruction, each (B, 3, H, W, S) in [0, 1]."""
         grid, patch = self.encoder.grid(x.shape[2:]), self.encoder.patch_size
         visible, hidden = self.mask(noise)
         prediction = self.decode(self.encode(x, visible), visible, hidden, grid).float()  # (B, alpha N, P)
@@ -122,8 +126,9 @@ def main():
     args, x = read_picture_flags(parser, "recon.png")  # (1, C, H, W, S)
     model = load_mae(args.checkpoint)
     x, noise = model.inputs(x, torch.Generator().manual_seed(args.seed))
-    rows = [tiles_of(picture, most=min(x.shape[-1], 8)) for picture in model.reconstruct(x, noise)]
-    save_montage(args.out, rows if len(rows[0]) > 1 else [sum(rows, [])])
+    shown = min(x.shape[-1], 8)  # slices or frames
+    rows = [list(evenly(picture[0], shown).unbind(-1)) for picture in model.reconstruct(x, noise)]
+    save_montage(args.out, rows if shown > 1 else [sum(rows, [])])
     with torch.no_grad():
         mse = model(x, noise)[0].item()
     print(f"{args.out}: original, masked, reconstruction; mean squared error on the masked patches {mse:.4f}")

@@ -1,8 +1,7 @@
 """The 4D vision transformer of M3Ret (paper Sec. 3.1): one encoder for 2D images, videos and volumes.
 
 In:  x (B, C, H, W, S), C in {1, 3}, intensities in [-1, 1]. Out: tokens (B, [1+]N, D), and embeddings by
-`pool`. Nothing below asks what modality it sees: an image has S = 1, a video's S is time, a volume's S is
-depth.
+`pool`. Nothing below asks for the modality: an image has S = 1, a video's S is time, a volume's S is depth.
 
 Letters, here and in every other file: B batch, C channels, H W S height, width, slices or frames of a sample;
 ph pw ps the same of a patch, P = ph*pw*ps*3 values; h w s patch grid, N = h*w*s tokens; D token width,
@@ -14,19 +13,19 @@ from collections import OrderedDict
 from pickle import UnpicklingError
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prepare import MODALITIES, UserError, atomic_write, positive, read_any
+from prepare import MODALITIES, UserError, atomic_write, read_any
 
-ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  # width, depth, heads, Sec. 4.4
+ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  # width, depth, heads (4.4)
          "vit_xs": (96, 3, 3)}  # CHOICE: not the paper's; for the demo and small data on a CPU
 PATCH_SIZE = (16, 16, 4)  # Sec. 3.1; the channel part, 3, is fixed
 FRAMES = 16  # of a video, Sec. 3.1
 REFERENCE_GRID = 16  # cells per axis that positions are measured in: 256 / 16 in plane and 64 / 4 over slices
 RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) recompute their activations
+LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of --init's networks
 
 
 # ---- samples ----------------------------------------------------------------------------------------------
@@ -37,8 +36,9 @@ def unit(x):
 
 def stack(samples):
     """Cached samples (C, H, W, S) of one shape -> (B, C, H, W, S); of two depths, all become float32."""
-    mixed = len({sample.dtype for sample in samples}) > 1
-    return torch.stack([unit(sample) if mixed else sample for sample in samples])  # (B, C, H, W, S)
+    if len({sample.dtype for sample in samples}) > 1:
+        samples = [unit(sample) for sample in samples]
+    return torch.stack(samples)  # (B, C, H, W, S)
 
 
 def normalize(x):
@@ -56,45 +56,40 @@ def is_video(x):
     return x.shape[1] == 3 and x.shape[-1] > 1
 
 
-def take_frames(x, n=FRAMES, generator=None):
-    """Videos (B, 3, H, W, S > n) -> (B, 3, H, W, n); every other sample as it is.
+def evenly(x, n):
+    """n of the S slices or frames of x (..., S), evenly spaced -> (..., n)."""
+    return x[..., torch.linspace(0, x.shape[-1] - 1, n).round().long()]
 
-    With a generator: n random frames of each sample (Algorithm 2), sorted in time. Without: n evenly spaced
-    ones.
-    """
+
+def take_frames(x, n=FRAMES, generator=None):
+    """Videos (B, 3, H, W, S > n) -> (B, 3, H, W, n); every other sample as it is."""
     if not is_video(x) or x.shape[-1] <= n:
         return x
-    if generator is None:
-        return x[..., torch.linspace(0, x.shape[-1] - 1, n).round().long()]  # (B, 3, H, W, n)
-    frames = torch.randint(x.shape[-1], (len(x), n), generator=generator)  # (B, n), as Algorithm 2 draws them
-    frames = frames.sort(dim=1).values.to(x.device)[:, None, None, None]  # (B, 1, 1, 1, n)
+    if generator is None:  # for embedding
+        return evenly(x, n)  # (B, 3, H, W, n)
+    frames = torch.randint(x.shape[-1], (len(x), n), generator=generator)  # (B, n), Algorithm 2
+    frames = frames.sort(dim=1).values.to(x.device)[:, None, None, None]  # (B, 1, 1, 1, n), in order of time
     return x.gather(-1, frames.expand(*x.shape[:-1], n))  # (B, 3, H, W, n)
 
 
 def expand(x, ps=PATCH_SIZE[-1]):
-    """(B, C, H, W, S) -> a view (B, 3, H, W, S or ps): grey in 3 channels, an image as ps slices (Sec. 3.1)."""
+    """(B, C, H, W, S) -> a view (B, 3, H, W, S): grey in 3 channels, an image as S = ps slices (Sec. 3.1)."""
     return x.expand(-1, 3, -1, -1, ps if x.shape[-1] == 1 else -1)
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------
 def patchify(x, patch=PATCH_SIZE):
-    """(B, 3, H, W, S) -> (B, N, P): N in (h, w, s) order, a patch in (ph, pw, ps, c) order (Sec. 3.1).
-
-    patch: (ph, pw, ps), or (3, ph, pw, ps) as the paper writes it.
-    """
-    ph, pw, ps = patch[-3:]
-    B, C, H, W, S = x.shape
-    assert H % ph == W % pw == S % ps == 0, f"{tuple(x.shape)} is no whole number of {ph}x{pw}x{ps} patches"
-    x = x.reshape(B, C, H // ph, ph, W // pw, pw, S // ps, ps)  # (B, C, h, ph, w, pw, s, ps)
+    """(B, 3, H, W, S) -> (B, N, P): N in (h, w, s) order, a patch in (ph, pw, ps, c) order (Sec. 3.1)."""
+    ph, pw, ps = patch[-3:]  # the paper writes (3, ph, pw, ps)
+    assert not any(n % p for n, p in zip(x.shape[2:], (ph, pw, ps))), f"{tuple(x.shape)} in patches {patch}"
+    x = x.unflatten(4, (-1, ps)).unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # (B, C, h, ph, w, pw, s, ps)
     x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, h, w, s, ph, pw, ps, C)
     return x.flatten(4).flatten(1, 3)  # (B, N, P)
 
 
 def unpatchify(patches, patch, grid):
     """(B, N, P) -> (B, 3, H, W, S), the inverse of `patchify`; grid = (h, w, s)."""
-    ph, pw, ps = patch[-3:]
-    h, w, s = grid
-    x = patches.reshape(len(patches), h, w, s, ph, pw, ps, -1)  # (B, h, w, s, ph, pw, ps, C)
+    x = patches.unflatten(2, (*patch[-3:], -1)).unflatten(1, grid)  # (B, h, w, s, ph, pw, ps, C)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, h, ph, w, pw, s, ps)
     return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, C, H, W, S)
 
@@ -102,20 +97,15 @@ def unpatchify(patches, patch, grid):
 def sincos_positions(grid, dim, device=None):
     """Fixed sin-cos positions of a grid (h, w, s) -> (N, dim) float32: a third of dim per axis, then zeros.
 
-    CHOICE: coordinates are cell centres on a ruler of REFERENCE_GRID cells, (i + 1/2) * 16 / n, whatever the
-    crop, size or depth: nothing is stored, positions are relative to the view (as DINO resizes its table to
-    the crop), and a 2D image (n = 1) sits at the middle of the slice axis.
+    CHOICE: cell i of n lies at (i + 1/2) * 16 / n, whatever the crop, size or depth: nothing is stored,
+    positions are relative to the view (DINO resizes its table to the crop), an image is at mid-depth.
     """
     k = dim // 6  # frequencies per axis, each with a sine and a cosine
     omega = 10000 ** (-torch.arange(k, dtype=torch.float32, device=device) / k)  # (k,), Vaswani et al. 3.5
-    axes = []
-    for axis, n in enumerate(grid):
-        centre = (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (REFERENCE_GRID / n)  # (n,)
-        angle = torch.outer(centre, omega)  # (n, k)
-        shape = [n if a == axis else 1 for a in range(3)] + [2 * k]
-        waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (n, 2k)
-        axes.append(waves.view(shape).expand(*grid, -1))  # (h, w, s, 2k)
-    return F.pad(torch.cat(axes, dim=-1), (0, dim - 6 * k)).flatten(0, 2)  # (N, dim)
+    axes = [(torch.arange(n, device=device) + 0.5) * (REFERENCE_GRID / n) for n in grid]  # (h,), (w,), (s,)
+    angle = torch.cartesian_prod(*axes)[:, :, None] * omega  # (N, 3, k)
+    waves = torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1)  # (N, 6k)
+    return nn.functional.pad(waves, (0, dim - 6 * k))  # (N, dim)
 
 
 # ---- transformer ------------------------------------------------------------------------------------------
@@ -129,11 +119,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)  # (B, N, 3, heads, D/heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class Block(nn.Module):
@@ -152,87 +141,67 @@ class Block(nn.Module):
         return x + scale[1] * self.mlp(self.norm2(x))
 
 
-def run_blocks(blocks, tokens, scales=None):
+def run_blocks(blocks, tokens, drop_path=0.0):
     """Tokens (B, N, D) through blocks -> (B, N, D); long sequences keep no activations and recompute them."""
+    scales = [(1.0, 1.0)] * len(blocks)
+    if drop_path > 0:  # stochastic depth: a scale of zero skips a branch, the more often the deeper (as DINO)
+        rates = torch.linspace(0, drop_path, len(blocks), device=tokens.device)[:, None, None, None, None]
+        draws = torch.rand(len(blocks), 2, len(tokens), 1, 1, device=tokens.device)
+        scales = (draws >= rates) / (1 - rates)  # (depth, 2, B, 1, 1), 1 on average
     recompute = torch.is_grad_enabled() and tokens.shape[1] > RECOMPUTE_ABOVE
-    for block, scale in zip(blocks, [(1.0, 1.0)] * len(blocks) if scales is None else scales):
+    for block, scale in zip(blocks, scales):
         tokens = checkpoint(block, tokens, scale, use_reentrant=False) if recompute else block(tokens, scale)
     return tokens
 
 
-def drop_branches(rate, depth, B, device):
-    """Stochastic depth: scales (depth, 2, B, 1, 1), 0 where a sample skips a branch, else 1 / (1 - rate).
-
-    The rate grows from 0 in the first block to its full value in the last, as in DINO.
-    """
-    rates = torch.linspace(0, rate, depth, device=device).view(depth, 1, 1, 1, 1)
-    return (torch.rand(depth, 2, B, 1, 1, device=device) >= rates) / (1 - rates)
-
-
 def init_weights(module):
-    """Xavier uniform, zero bias, for every linear map of both methods, the patch kernel included.
-
-    MAE's official code starts so (Sec. 3.4 follows it). CHOICE: SimDINO too: its code's normal of std 0.02 is
-    of Xavier's size at ViT-B's width only, and learned less in a narrower network (docs/learning.md).
-    """
+    """Xavier uniform and zero bias for all linear maps of both methods, the patch kernel too (MAE's code)."""
+    # CHOICE: SimDINO's code has std 0.02, Xavier's at ViT-B's width; a narrower network learned less with it.
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 class ViT(nn.Module):
-    """The encoder (Sec. 3.1, 3.4): (B, C, H, W, S) in [-1, 1] -> tokens (B, [1+]N, D), the CLS token first.
-
-    Parameter names are those of timm, DINO and MAE. Positions are computed, so one file serves every size.
-    """
+    """The encoder (Sec. 3.1): (B, C, H, W, S) in [-1, 1] -> tokens (B, [1+]N, D); names as timm and DINO."""
 
     def __init__(self, arch="vit_b", patch_size=PATCH_SIZE, cls_token=False, drop_path=0.0):
         super().__init__()
         self.config = {"arch": arch, "patch_size": list(patch_size), "cls_token": cls_token}
-        self.patch_size = tuple(patch_size)
+        self.patch_size, self.drop_path = tuple(patch_size), drop_path
         self.dim, depth, heads = ARCHS[arch]
-        self.drop_path = drop_path
-        kernel = nn.Linear(3 * math.prod(patch_size), self.dim)  # a Conv3d of kernel = stride in matrix form
-        self.patch_embed = nn.Sequential(OrderedDict(proj=kernel))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim)) if cls_token else None
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(3 * math.prod(patch_size), self.dim)))
         self.blocks = nn.ModuleList(Block(self.dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.apply(init_weights)
-        if cls_token:
-            nn.init.normal_(self.cls_token, std=0.02)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, self.dim)) if cls_token else None
 
     def grid(self, size):
         """Patch grid (h, w, s) of samples of a size (H, W, S); an image, S = 1, counts as one patch deep."""
         if any(n % p for n, p in zip(size, self.patch_size) if n > 1):
-            have, need = ("x".join(map(str, sides)) for sides in (size, self.patch_size))
-            raise UserError(f"samples of {have} are no whole patches of {need}: choose another --patch-size, "
-                            "or prepare them with another --size, --slices or --frames")
+            raise UserError(f"samples of {'x'.join(map(str, size))} are no whole patches: choose another "
+                            "--patch-size, or prepare them with another --size, --slices or --frames")
         return tuple(max(1, n // p) for n, p in zip(size, self.patch_size))
 
     def tokens(self, x):
         """(B, C, H, W, S) -> (B, N, D): patches, projected, with their positions."""
         positions = sincos_positions(self.grid(x.shape[2:]), self.dim, x.device)  # (N, D)
         patches = patchify(expand(x, self.patch_size[-1]), self.patch_size)  # (B, N, P)
-        return self.patch_embed(patches) + positions  # (B, N, D)
+        return self.patch_embed(patches) + positions  # (B, N, D), as by a Conv3d of kernel = stride
 
     def encode(self, tokens):
         """(B, N, D), all tokens or any subset of them -> (B, [1+]N, D)."""
         if self.cls_token is not None:
-            cls = self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype)  # (B, 1, D)
-            tokens = torch.cat([cls, tokens], dim=1)  # (B, 1+N, D)
-        drop = self.training and self.drop_path > 0
-        scales = drop_branches(self.drop_path, len(self.blocks), len(tokens), tokens.device) if drop else None
-        return self.norm(run_blocks(self.blocks, tokens, scales))  # (B, [1+]N, D)
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+N, D)
+        tokens = run_blocks(self.blocks, tokens, self.drop_path if self.training else 0.0)
+        return self.norm(tokens)  # (B, [1+]N, D)
 
     def forward(self, x):
         return self.encode(self.tokens(x))  # (B, [1+]N, D)
 
 
 def pool(tokens, how, cls_token=True):
-    """Tokens (B, [1+]N, D) -> embeddings (B, D) or, for mix, (B, 2D), in float32 (Sec. 3.2, 3.3, Fig. 3b).
-
-    how: avg (mean of the patch tokens), cls, or mix = [CLS, avg]. cls_token: is the first token a CLS token?
-    """
+    """Tokens (B, [1+]N, D) -> float32 embeddings (B, D), mix = [CLS, avg] (B, 2D) (Sec. 3.2, 3.3, Fig. 3)."""
     if how not in ("avg", "cls", "mix") or how != "avg" and not cls_token:
         raise UserError(f"pooling {how!r}: choose avg, cls or mix; an encoder of MAE has no CLS token: avg")
     cls, avg = tokens[:, 0].float(), tokens[:, int(cls_token):].float().mean(dim=1)  # (B, D) each
@@ -240,23 +209,19 @@ def pool(tokens, how, cls_token=True):
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
-def save_checkpoint(path, encoder, **state):
-    """Write {config, encoder, **state} atomically: tensors and plain types only, for weights_only loading."""
-    try:
-        with atomic_write(path) as file:
-            torch.save({"config": encoder.config, "encoder": encoder.state_dict(), **state}, file)
-    except RuntimeError as error:  # what torch raises on a full disk
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full?") from error
-
-
 @contextlib.contextmanager
-def expecting(path, advice="give a checkpoint.pt written by train.py"):
-    """Inside, whatever a damaged or foreign file can raise becomes one UserError that names it."""
+def expecting(path, problem="is damaged or not of this program: give a checkpoint.pt of train.py"):
+    """Inside, what a damaged or foreign file or a full disk can raise becomes one UserError that names it."""
     try:
         yield
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, UnpicklingError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise UserError(f"{path} is damaged or does not fit ({reason}): {advice}") from None
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, UnpicklingError) as e:
+        raise UserError(f"{path} {problem} ({type(e).__name__}: {' '.join(str(e).split())[:160]})") from None
+
+
+def save_checkpoint(path, encoder, **state):
+    """Write {config, encoder, **state} atomically: tensors and plain types only, for weights_only loading."""
+    with expecting(path, "cannot be written; is the disk full?"), atomic_write(path) as file:
+        torch.save({"config": encoder.config, "encoder": encoder.state_dict(), **state}, file)
 
 
 def read_checkpoint(path):
@@ -266,7 +231,7 @@ def read_checkpoint(path):
 
 
 def load_encoder(path, device="cpu"):
-    """Checkpoint file -> the ViT that embeds, in eval mode; the file says its architecture, weights must fit."""
+    """Checkpoint file -> the ViT that embeds, in eval mode; the file says its architecture."""
     state = read_checkpoint(path)
     with expecting(path):
         encoder = ViT(**state["config"])
@@ -274,35 +239,28 @@ def load_encoder(path, device="cpu"):
     return encoder.to(device).eval()
 
 
-LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of public checkpoints
-
-
 def init_from_2d(encoder, path):
     """Start from a public 2D ViT (timm, DINO, MAE) or from a checkpoint of ours, for `train.py --init`.
 
-    The 2D patch kernel (D, 3, ph, pw) is inflated over the slices and divided by their number: an image
-    replicated over S gives the 2D network's tokens. timm and DINO add the first row of pos_embed to the CLS
-    token: so do we.
-    CHOICE: other positions and the heads are left out; a missing CLS token keeps its random start.
+    The patch kernel is inflated over S and divided by ps: a replicated image gives the 2D network's tokens.
+    CHOICE: positions, but for the CLS token's, and heads are left out; a missing CLS token starts at random.
     """
     state = read_checkpoint(path)
-    with expecting(path, "--init takes a ViT of this --arch and --patch-size"):
+    with expecting(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
         for key in ("encoder", "teacher", "model", "state_dict"):  # where the families nest their weights
             state = state[key] if isinstance(state.get(key), dict) else state
         state = {key.removeprefix("module.").removeprefix("backbone.").replace("fc_norm.", "norm."): value
                  for key, value in state.items()}
-        if "cls_token" in state and "pos_embed" in state:
+        if "cls_token" in state and "pos_embed" in state:  # timm and DINO add one to the other
             state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]  # (1, 1, D)
         state = {key: value for key, value in state.items() if not key.startswith(LEFT_OUT)}
-        kernel = state["patch_embed.proj.weight"]
-        if kernel.dim() == 4:
-            ps = encoder.patch_size[-1]
-            kernel = kernel.permute(0, 2, 3, 1)[:, :, :, None] / ps  # (D, ph, pw, 1, 3)
-            state["patch_embed.proj.weight"] = kernel.expand(-1, -1, -1, ps, -1).flatten(1)  # (D, P)
+        kernel, ps = state["patch_embed.proj.weight"], encoder.patch_size[-1]
+        if kernel.dim() == 4:  # (D, 3, ph, pw)
+            kernel = kernel[..., None].expand(-1, -1, -1, -1, ps) / ps  # (D, 3, ph, pw, ps)
+            state["patch_embed.proj.weight"] = kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P)
+        state.setdefault("cls_token", encoder.cls_token)
         if encoder.cls_token is None:
-            state.pop("cls_token", None)
-        else:
-            state.setdefault("cls_token", encoder.cls_token.data)
+            del state["cls_token"]
         encoder.load_state_dict(state)
 
 
@@ -313,21 +271,15 @@ def read_picture_flags(parser, out):
     flag("file", help="a DICOM, NIfTI, image or video file, or the folder of a DICOM series")
     flag("--out", default=out, help=f"picture to write (default {out}); slices run from left to right")
     flag("--modality", choices=MODALITIES, help="what the file shows, if it does not say so itself")
-    flag("--size", type=positive, default=256, help="longer side in pixels (default 256)")
+    flag("--size", type=int, choices=range(32, 1025, 32), default=256, metavar="N", help="longer side (256)")
     flag("--seed", type=int, default=0, help="of what is random: the mask, or crops and intensities")
     args = parser.parse_args()
     _, array = read_any(args.file, args.modality, size=args.size)
     return args, take_frames(unit(torch.from_numpy(array)[None]))
 
 
-def tiles_of(x, most=8):
-    """(1, 3, H, W, S) -> at most so many of its slices, evenly spaced, (3, H, W) each."""
-    shown = torch.linspace(0, x.shape[-1] - 1, min(x.shape[-1], most)).round().long()
-    return list(x[0, ..., shown].unbind(-1))
-
-
 def save_montage(path, rows, gap=4):
-    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG: a grid of cells as large as the largest tile."""
+    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG: a grid whose cells fit the largest tile."""
     height, width = (max(tile.shape[axis] for row in rows for tile in row) + gap for axis in (1, 2))
     sheet = torch.full((3, len(rows) * height, max(map(len, rows)) * width), 0.25)
     for i, row in enumerate(rows):

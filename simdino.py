@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import (PATCH_SIZE, denormalize, expand, init_weights, is_video, normalize, pool,
-                   read_picture_flags, save_montage, tiles_of)
+from model import (PATCH_SIZE, denormalize, evenly, expand, init_weights, is_video, normalize, pool,
+                   read_picture_flags, save_montage)
 from prepare import cli
 
 GLOBAL_SIZE, LOCAL_SIZE = 0.875, 0.375  # s_g, s_l of Appendix B as 224 / 256 and 96 / 256, DINO's sizes
@@ -272,8 +272,9 @@ def main():
     parser = argparse.ArgumentParser(description="Draw the SimDINO views of one file, each row one view.")
     args, x = read_picture_flags(parser, "views.png")  # (1, C, H, W, S)
     views = make_views(x, generator=torch.Generator().manual_seed(args.seed))
-    rows = [tiles_of(denormalize(view), x.shape[-1]) for view in [expand(normalize(x))] + views]
-    save_montage(args.out, rows if x.shape[-1] > 1 else [sum(rows[:3], []), sum(rows[3:], [])])
+    shown = min(x.shape[-1], 8)  # slices or frames
+    rows = [list(denormalize(evenly(view[0], shown)).unbind(-1)) for view in [expand(normalize(x)), *views]]
+    save_montage(args.out, rows if shown > 1 else [sum(rows[:3], []), sum(rows[3:], [])])
     print(f"{args.out}: the sample, then {len(views)} views: global 1, global 2, {len(views) - 2} local")
 
 

@@ -155,7 +155,7 @@ def resume(path, about, method, optimizer, rank):
     If the number of processes or the data changed, the same share of the new run counts as done.
     """
     state = read_checkpoint(path)
-    with expecting(path, "choose another --out"):
+    with expecting(path, "is damaged or does not fit: choose another --out"):
         old, new = json.loads(state["flags"]), json.loads(about["flags"])
         differ = [f"--{key.replace('_', '-')} {old.get(key)}" for key in new if old.get(key) != new[key]]
         if differ:

@@ -210,7 +210,9 @@ def test_both_methods_start_from_xavier_uniform():
 
 def test_stochastic_depth_keeps_the_expectation():
     torch.manual_seed(0)
-    scales = model.drop_branches(0.5, 12, 2000, "cpu")  # (depth, 2, B, 1, 1)
+    scales = []
+    model.run_blocks([lambda tokens, scale: scales.append(scale) or tokens] * 12, torch.zeros(2000, 1, 8), 0.5)
+    scales = torch.stack(scales)  # (depth, 2, B, 1, 1)
     assert (scales[0] == 1).all() and set(scales[-1].flatten().tolist()) == {0.0, 2.0}
     torch.testing.assert_close(scales.mean(dim=(1, 2)).flatten(), torch.ones(12), rtol=0, atol=0.05)
     kept = (scales > 0).float().mean(dim=(1, 2)).flatten()
