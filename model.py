@@ -68,7 +68,7 @@ def take_frames(x, n=FRAMES, generator=None):
     if generator is None:  # for embedding
         return evenly(x, n)  # (B, 3, H, W, n)
     frames = torch.randint(x.shape[-1], (len(x), n), generator=generator)  # (B, n), Algorithm 2
-    frames = frames.sort(dim=1).values.to(x.device)[:, None, None, None]  # (B, 1, 1, 1, n), in order of time
+    frames = frames.sort(dim=1).values.to(x.device)[:, None, None, None]  # (B, 1, 1, 1, n). CHOICE: sorted
     return x.gather(-1, frames.expand(*x.shape[:-1], n))  # (B, 3, H, W, n)
 
 

@@ -1,8 +1,8 @@
 """SimDINO (paper Sec. 3.3, Appendix B): align views of a sample across student and teacher, spread the batch.
 
-In:  samples x (B, C, H, W, S) in [0, 1]. Out: alignment minus gamma times the coding rate of the student. A
-view of Algorithms 1-3 (crop, resize, flip, blur) is linear and separable: a small matrix per axis and sample,
-so that a batch is augmented by three batched matrix products, on whatever device it lies.
+In:  samples x (B, C, H, W, S) in [0, 1]. Out: alignment minus gamma times the coding rate of the student.
+Crop, resize, flip and blur of Algorithms 1-3 are linear and separable: one small matrix per axis and sample,
+so that a whole batch is augmented by three batched matrix products, on whatever device it lies.
 
     python simdino.py FILE --out views.png                         # draws the views of one file
 """
@@ -19,7 +19,7 @@ from model import (PATCH_SIZE, denormalize, evenly, expand, init_weights, is_vid
                    read_picture_flags, save_montage)
 from prepare import cli
 
-GLOBAL_SIZE, LOCAL_SIZE = 0.875, 0.375  # s_g, s_l of Appendix B as 224 / 256 and 96 / 256, DINO's sizes
+GLOBAL_SIZE, LOCAL_SIZE = 0.875, 0.375  # s_g, s_l of Appendix B as DINO's 224 and 96 of 256
 LOCAL_VIEWS_2D, LOCAL_VIEWS_3D = 10, 4  # Sec. 3.3
 # Numbers the paper does not give:
 GLOBAL_AREA, LOCAL_AREA = (0.4, 1.0), (0.05, 0.4)  # CHOICE: DINO's crop scales
@@ -51,26 +51,20 @@ def resample_matrix(start, length, n_in, n_out, flip=None):
 
 
 def blur_matrix(sigma, n):
-    """Gaussian blur of n cells, sigma (B,) in cells, as matrices (B, n, n); borders are renormalised.
-
-    Cut at 4 sigma: the tails would be subnormal numbers, with which a CPU multiplies many times slower.
-    """
+    """Gaussian blur of n cells, sigma (B,) in cells, as matrices (B, n, n) whose rows sum to one."""
     cells = torch.arange(n, device=sigma.device)
     distance = (cells[:, None] - cells) / sigma.clamp(min=1e-3)[:, None, None]  # (B, n, n) in sigmas
+    # Without the cut the tails would be subnormal numbers, with which a CPU multiplies many times slower.
     weight = torch.exp(-0.5 * distance.square()) * (distance.abs() <= BLUR_RADIUS)  # (B, n, n)
     return weight / weight.sum(dim=2, keepdim=True)
 
 
 def apply_matrices(x, along_h, along_w, along_s):
-    """x (B, C, H, W, S) and matrices (B, n_out, n_in) for its last three axes -> (B, C, H', W', S').
-
-    Each product resamples the last axis and leaves it in front, S first: then the next axis is the last, and
-    nothing is moved or copied in between. Of H, only the rows that the batch needs are read.
-    """
-    rows = along_h.amax(dim=(0, 1)).nonzero()[:, 0]  # those with any weight
+    """x (B, C, H, W, S) and matrices (B, n_out, n_in) for its last three axes -> (B, C, H', W', S')."""
+    rows = along_h.amax(dim=(0, 1)).nonzero()[:, 0]  # those with any weight: of H no others are read
     low, high = rows[0], rows[-1] + 1
     x, along_h = x[:, :, low:high], along_h[:, :, low:high]
-    for matrix in (along_s, along_w, along_h):
+    for matrix in (along_s, along_w, along_h):  # each leaves its axis in front: the next is last, none moves
         rest = x.shape[1:-1]
         x = (matrix @ x.flatten(1, -2).mT).unflatten(2, rest)  # (B, ..., n_in) -> (B, n_out, ...)
     return x.movedim(-1, 1)  # (B, H', W', S', C) -> (B, C, H', W', S'), a view
@@ -79,8 +73,7 @@ def apply_matrices(x, along_h, along_w, along_s):
 def make_view(x, kind, size, u):
     """A view of every sample: x (B, C, H, W, S) in [0, 1], size (H', W', S') -> (B, C, H', W', S') in [0, 1].
 
-    kind: global1, global2 or local. u (B, 12): uniform random numbers. S is cropped and blurred only if it is
-    depth.
+    kind: global1, global2 or local. u (B, 12): uniform random numbers.
     """
     area, aspect, top, left, first, flip, blur, sigma, shift, by, contrast, power = u.unbind(dim=1)  # (B,)
 
@@ -117,9 +110,8 @@ def make_view(x, kind, size, u):
 def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=None):
     """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> views (B, 3, H', W', S') in [-1, 1], global first.
 
-    local_views: of an image (Fig. 3a varies it); videos and volumes have 4 (Sec. 3.3). A view is s_g or s_l
-    times its sample in whole patches; videos keep their frames. Random numbers come from a CPU generator, a
-    row a sample: its views depend neither on its batch mates nor, but for rounding, on the hardware.
+    Sides are s_g or s_l times the sample's, in whole patches; local_views: of an image (Fig. 3a). Random draws
+    are of a CPU generator, a row a sample: no view depends on batch mates nor, but for rounding, on hardware.
     """
     image, video = x.shape[-1] == 1, is_video(x)
     kinds = ["global1", "global2"] + ["local"] * (local_views if image else LOCAL_VIEWS_3D)
@@ -129,7 +121,7 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
         scale = LOCAL_SIZE if kind == "local" else GLOBAL_SIZE
         size = [max(1, int(n * scale / p + 0.5)) * p for n, p in zip(x.shape[2:], patch_size)]
         if image or video:
-            size[2] = x.shape[-1]
+            size[2] = x.shape[-1]  # all frames (Algorithm 2)
         view = normalize(make_view(x, kind, size, u[:, v]))  # Normalize last, then C = 3 (Algorithm 1)
         views.append(expand(view, patch_size[-1]))  # (B, 3, H', W', S')
     return views
@@ -139,9 +131,8 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
 def coding_rate(z, eps=0.5):
     """R(Z) = 1/2 logdet(I + d / (m eps^2) Z^T Z) of z (m, d): nats to code z to precision eps (Sec. 3.3).
 
-    Gamma = Z^T Z / m is the uncentred second moment; by Sylvester's identity the smaller of Z^T Z and Z Z^T
-    will do. float64 from the product on, autocast off: near collapse fp32 depends on the order of summation,
-    bf16 is NaN. Returned in fp32; NaN if it cannot be factorised (non-finite input), which train.py reports.
+    Gamma = Z^T Z / m is the uncentred second moment; the smaller of Z^T Z and Z Z^T will do (Sylvester). In
+    float64, autocast off: near collapse fp32 depends on the order of summation, and bf16 is NaN.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.double()
@@ -150,7 +141,7 @@ def coding_rate(z, eps=0.5):
         eye = torch.eye(len(gram), dtype=z.dtype, device=z.device)
         cholesky, info = torch.linalg.cholesky_ex(eye + d / (m * eps**2) * gram)
         rate = cholesky.diagonal().log().sum().float()  # 1/2 logdet(A) = sum log diag(L) for A = L L^T
-        return torch.where(info == 0, rate, torch.nan)
+        return torch.where(info == 0, rate, torch.nan)  # no factor of what is not finite: train.py skips it
 
 
 def rate_range(m, d, eps=0.5):
@@ -160,10 +151,9 @@ def rate_range(m, d, eps=0.5):
 
 
 def gather(z):
-    """(B, d) on each of R ranks -> (R B, d) on all.
+    """(B, d) on each of R ranks -> (R B, d) on all, whose Z^T Z is Z_1^T Z_1 + ... + Z_R^T Z_R, all-reduced.
 
-    Z_1^T Z_1 + ... + Z_R^T Z_R = Z^T Z of the gathered batch: this all-reduces the covariance. Gradients flow
-    through a rank's own rows alone, R times, since DDP averages over ranks what is to be summed here.
+    Gradients flow through a rank's own rows alone, R times: DDP averages over ranks what is a sum here.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
@@ -183,13 +173,12 @@ def effective_rank(z):
 def simdino_loss(student, teacher, eps=0.5, gamma=None):
     """L_SimDINO (Sec. 3.3): student (V, B, d), global views first; teacher (2, B, d) -> scalar loss, parts.
 
-    Alignment 1/2 ||z_c - z_g||^2 is averaged over the pairs of a teacher and a student view that are not the
-    same; the coding rate is that of all ranks' samples, averaged over the two global student views.
+    Alignment 1/2 ||z_c - z_g||^2 is averaged over the pairs of a teacher and a student view that differ, the
+    coding rate of the samples of all ranks over the two global student views.
     CHOICE: the rate of the student alone, as the paper writes it. The SimDINO code's default, the rate of
     (student + teacher) / 2, has half the gradient.
-    DEVIATION: the paper's equation has no weight between the terms. gamma defaults to (d + m) / (d m), the
-    balance of the SimDINO code (whose --eps is this eps squared): the rate can reach `rate_range`, the
-    alignment 2.
+    DEVIATION: the paper has no weight between the terms, but rates reach `rate_range`, alignments 2: gamma
+    defaults to (d + m) / (d m), the balance of the SimDINO code (whose --eps is this eps squared).
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.float(), teacher.float()
@@ -209,7 +198,10 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
 
 # ---- method -----------------------------------------------------------------------------------------------
 class Branch(nn.Module):
-    """Encoder and head D -> 2048 -> 2048 -> 256: views (B, 3, H', W', S') -> unit vectors (B, d) in fp32."""
+    """Encoder and head D -> 2048 -> 2048 -> 256: views (B, 3, H', W', S') -> unit vectors (B, d) in fp32.
+
+    CHOICE: the loss sees the head's output, as in the SimDINO code; the equation of Sec. 3.3 has no head.
+    """
 
     def __init__(self, encoder):
         super().__init__()
@@ -260,11 +252,8 @@ class SimDINO(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress):
-        """theta_t <- mu theta_t + (1 - mu) theta_s after the optimizer step, in fp32 (Sec. 3.3).
-
-        mu grows from `momentum` at progress 0 of the run to 1 at its end, by half a cosine.
-        """
-        mu = 1 - (1 - self.config["momentum"]) * (1 + math.cos(math.pi * progress)) / 2
+        """theta_t <- mu theta_t + (1 - mu) theta_s after the optimizer step, in fp32; progress in [0, 1]."""
+        mu = 1 - (1 - self.config["momentum"]) * (1 + math.cos(math.pi * progress)) / 2  # to 1 (Sec. 3.3)
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - mu)
 
 
