@@ -48,6 +48,12 @@ class MAE(nn.Module):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
+    @classmethod
+    def beside(cls, encoder):
+        """The official decoder, of ViT-B. CHOICE: beside a smaller encoder it is not wider than that."""
+        width = min(512, encoder.dim)
+        return cls(encoder, decoder_dim=width, decoder_heads=width // 32)
+
     def inputs(self, x, generator):
         """Samples in [0, 1] and a CPU generator -> the arguments of `forward`. No augmentation (Sec. 3.4)."""
         n = math.prod(self.encoder.grid(x.shape[2:]))

@@ -12,7 +12,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from model import (PATCH_SIZE, denormalize, evenly, expand, init_weights, is_video, normalize, pool,
@@ -28,7 +27,8 @@ PROBABILITY = 0.5  # CHOICE: of flip, shift, blur and contrast each
 SHIFT = 0.1  # CHOICE: intensity shift in [-0.1, 0.1] of the full range
 BLUR, BLUR_RADIUS = (0.1, 2.0), 4  # CHOICE: sigma in pixels, DINO's; the kernel ends at 4 sigma, as SciPy's
 CONTRAST = (0.7, 1.5)  # CHOICE: a power of the intensity, within MONAI's RandAdjustContrast
-HIDDEN, OUT = 2048, 256  # projection head, DINO's and SimDINO's
+HIDDEN, OUT = 2048, 256  # CHOICE: the head of the DINO and SimDINO code; the loss of Sec. 3.3 names none
+DROP_PATH = 0.1  # stochastic depth of the student, official implementation
 MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
 
 
@@ -71,10 +71,7 @@ def apply_matrices(x, along_h, along_w, along_s):
 
 
 def make_view(x, kind, size, u):
-    """A view of every sample: x (B, C, H, W, S) in [0, 1], size (H', W', S') -> (B, C, H', W', S') in [0, 1].
-
-    kind: global1, global2 or local. u (B, 12): uniform random numbers.
-    """
+    """Views (B, C, H', W', S') of a kind and size of samples x (B, C, H, W, S), by uniform u (B, 12)."""
     area, aspect, top, left, first, flip, blur, sigma, shift, by, contrast, power = u.unbind(dim=1)  # (B,)
 
     def between(bounds, uniform):
@@ -110,7 +107,7 @@ def make_view(x, kind, size, u):
 def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=None):
     """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> views (B, 3, H', W', S') in [-1, 1], global first.
 
-    Sides are s_g or s_l times the sample's, in whole patches; local_views: of an image (Fig. 3a). Random draws
+    Sides are s_g or s_l times the sample's, in whole patches; local_views: for images (Fig. 3a). Random draws
     are of a CPU generator, a row a sample: no view depends on batch mates nor, but for rounding, on hardware.
     """
     image, video = x.shape[-1] == 1, is_video(x)
@@ -197,11 +194,13 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
 
 
 # ---- method -----------------------------------------------------------------------------------------------
-class Branch(nn.Module):
-    """Encoder and head D -> 2048 -> 2048 -> 256: views (B, 3, H', W', S') -> unit vectors (B, d) in fp32.
+def cosine(start, end, progress):
+    """Half a cosine, from start at progress 0 to end at progress 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
-    CHOICE: the loss sees the head's output, as in the SimDINO code; the equation of Sec. 3.3 has no head.
-    """
+
+class Branch(nn.Module):
+    """Encoder and head D -> 2048 -> 2048 -> 256: views (B, 3, H', W', S') -> unit vectors (B, d) in fp32."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -213,7 +212,7 @@ class Branch(nn.Module):
 
     def forward(self, x):
         z = self.head(pool(self.encoder(x), "cls"))  # (B, d)
-        return F.normalize(z.float(), dim=-1)
+        return nn.functional.normalize(z.float(), dim=-1)
 
 
 class SimDINO(nn.Module):
@@ -253,7 +252,7 @@ class SimDINO(nn.Module):
     @torch.no_grad()
     def after_step(self, progress):
         """theta_t <- mu theta_t + (1 - mu) theta_s after the optimizer step, in fp32; progress in [0, 1]."""
-        mu = 1 - (1 - self.config["momentum"]) * (1 + math.cos(math.pi * progress)) / 2  # to 1 (Sec. 3.3)
+        mu = cosine(self.config["momentum"], 1, progress)
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - mu)
 
 
