@@ -64,10 +64,10 @@ class Schedule:
         self.rows, self.rank, self.world = rows, rank, world
         alike, groups = defaultdict(list), []
         for number, row in enumerate(rows):
-            alike[row["modality"], row["shape"]].append(number)
+            alike[row["modality"], row["shape"]].append(number)  # one batch, one modality and one shape
         for (modality, shape), members in alike.items():
-            volume = shape[0] == 1 and shape[3] > 1
-            size = world * (args.batch_size_3d if volume else args.batch_size)  # CHOICE: 16 and 32 per GPU
+            volume = shape[0] == 1 and shape[3] > 1  # the cache keeps these grey and videos in colour
+            size = world * (args.batch_size_3d if volume else args.batch_size)  # CHOICE: both per GPU
             if len(members) >= size:
                 groups.append((modality, members, size))
             elif rank == 0:
@@ -83,7 +83,7 @@ class Schedule:
     def batch(self, step):
         """Step -> modality, row numbers of the global batch, and of these the share of this rank."""
         modality, numbers = self.plan(step // self.per_epoch)[step % self.per_epoch]
-        share = len(numbers) // self.world
+        share = len(numbers) // self.world  # whole: batches are multiples of it
         return modality, numbers, numbers[self.rank * share:(self.rank + 1) * share]
 
 
@@ -126,7 +126,7 @@ def resume(path, about, method, optimizer, rank):
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, old, new = state["step"], state["total"], about["total"]
-        done = step * new // old
+        done = step * new // old  # the same share of the run
         if rank == 0 and (state["world"] != about["world"] or not torch.equal(state["ids"], about["ids"])):
             print(f"processes or data changed: step {step} of {old} becomes step {done} of {new}")
     return done
@@ -152,20 +152,20 @@ def fit(args, about, method, optimizer, schedule, start, device):
     if schedule.world > 1:
         model = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
     stop = min(schedule.total, args.max_steps or schedule.total)
-    shares = (schedule.batch(step)[2] for step in range(start, stop))
+    shares = (schedule.batch(step)[2] for step in range(start, stop))  # row numbers, this rank's of each step
     loader = DataLoader(CachedDataset(schedule.rows), batch_sampler=shares, collate_fn=stack,
                         num_workers=args.workers, worker_init_fn=own_group, pin_memory=device.type == "cuda")
     signals, skipped, clock, due = [], [], time.monotonic(), time.monotonic() + 60 * args.save_minutes
     for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, lambda number, frame: signals.append(number))
+        signal.signal(name, lambda number, frame: signals.append(number))  # the step ends, then all leave
     log = open(args.out / "log.jsonl" if main else os.devnull, "a", buffering=1)
     bar = tqdm(loader, initial=start, total=stop, unit="step", smoothing=0.05, disable=not main)
     with log, bar:
         for step, batch in enumerate(bar, start):  # batch (B, C, H, W, S) as cached
-            waited = time.monotonic() - clock
+            waited = time.monotonic() - clock  # for the loader
             decay, free = optimizer.param_groups
             decay["lr"] = free["lr"] = learning_rate(step, schedule.total, schedule.warmup, args.lr)
-            decay["weight_decay"] = cosine(*method.WEIGHT_DECAY, step / schedule.total)
+            decay["weight_decay"] = cosine(*method.WEIGHT_DECAY, step / schedule.total)  # of weights alone
 
             torch.manual_seed(seed_of(args.seed, 1, step, schedule.rank))  # stochastic depth
             generator = torch.Generator().manual_seed(seed_of(args.seed, 2, step, schedule.rank))
@@ -181,7 +181,7 @@ def fit(args, about, method, optimizer, schedule, start, device):
                 optimizer.step()
                 method.after_step(step / schedule.total)
 
-            modality, numbers, _ = schedule.batch(step)
+            modality, numbers, _ = schedule.batch(step)  # what this step was on, for the log
             seconds = time.monotonic() - clock
             memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes
             record = {"loss": loss.item(), **parts, "lr": decay["lr"], "grad_norm": norm.item(),
@@ -189,17 +189,17 @@ def fit(args, about, method, optimizer, schedule, start, device):
                       "peak_memory_gb": memory / 2**30, "skipped": bad}
             record = {key: float(value) if math.isfinite(value) else None for key, value in record.items()}
             place = {"step": step + 1, "epoch": step // schedule.per_epoch, "modality": modality}
-            log.write(json.dumps(place | record) + "\n")
+            log.write(json.dumps(place | record) + "\n")  # strict JSON: what is not finite is null
             bar.set_postfix_str(f"{modality} loss {loss.item():.4f}", refresh=False)
             skipped.append(bad)
             if sum(skipped[-MAX_BAD_STEPS:]) == MAX_BAD_STEPS:
                 names = " ".join(schedule.rows[i]["id"] for i in numbers)
                 raise UserError(f"step {step + 1}: {MAX_BAD_STEPS} non-finite steps in a row, {record} on "
                                 f"{modality} samples {names}: look at these, or lower --lr")
-            epoch, rest = divmod(step + 1, schedule.per_epoch)
+            epoch, rest = divmod(step + 1, schedule.per_epoch)  # whole epochs done
             if main and (rest == 0 or stopping or step + 1 == stop or time.monotonic() > due):
                 weights = {"model": method.state_dict(), "optimizer": optimizer.state_dict()}
-                state = about | weights | {"step": step + 1}
+                state = about | weights | {"step": step + 1}  # no random state: it follows from the step
                 if rest == 0 and args.keep_every and epoch % args.keep_every == 0:
                     save_checkpoint(args.out / f"epoch_{epoch:04d}.pt", method.encoder, **state)
                 save_checkpoint(args.out / "checkpoint.pt", method.encoder, **state)
@@ -215,7 +215,7 @@ def within(low, high=math.inf, kind=float):
     def number(text):
         if low <= kind(text) <= high:
             return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")  # nan neither
     return number
 
 
@@ -239,11 +239,11 @@ def parse_args():
     flag("--momentum", type=within(0, 1), default=MOMENTUM, help="simdino: lower in short runs")
     flag("--init", help="start from a 2D ViT of the timm, DINO or MAE family, or another run's checkpoint")
     flag("--seed", type=natural, default=0, help="of all that is random; vary it to see the noise")
-    flag("--workers", type=natural, default=4 if torch.cuda.is_available() else 0, help="of the loader")
+    flag("--workers", type=natural, default=4 if torch.cuda.is_available() else 0, help="loader processes")
     flag("--max-steps", type=count, help="stop here for now; the schedules still span --epochs")
     flag("--save-minutes", type=within(0), default=15, help="save this often, besides every epoch")
     flag("--keep-every", type=natural, default=0, help="epochs; keep epoch_NNNN.pt for studies, 0: none")
-    parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
+    parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))  # under the flags given
     args = parser.parse_args()
     if args.preset and int(os.environ.get("RANK", 0)) == 0:
         print("preset:", *(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in PRESETS[args.preset]))
@@ -282,14 +282,14 @@ def main():
     if some and none:
         raise UserError(f"only some processes see {path}: --out must be one folder shared by all nodes")
     # The method, untrained. On a GPU its blocks are compiled, one static graph a shape.
-    torch.manual_seed(seed_of(args.seed, 0))
+    torch.manual_seed(seed_of(args.seed, 0))  # of its weights
     simdino, patch_size = args.ssl == "simdino", (args.patch_size, args.patch_size, PATCH_SIZE[-1])
     encoder = ViT(args.arch, patch_size, cls_token=simdino, drop_path=DROP_PATH if simdino else 0.0)
     if args.init:
         init_from_2d(encoder, args.init)
     method = SimDINO(encoder, args.local_views, args.gamma, args.momentum) if simdino else MAE.beside(encoder)
     if device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 64  # shapes, with the views of all modalities
         for block in (module for module in method.modules() if isinstance(module, Block)):
             block.compile(dynamic=False)
     optimizer = make_optimizer(method.to(device))

@@ -298,6 +298,20 @@ def test_what_is_no_checkpoint_gets_one_clear_line(tmp_path, monkeypatch):
     assert not (tmp_path / "harm").exists()
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "c.pt", ViT("vit_t"))
+    before = (tmp_path / "c.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="c.pt cannot be written.* full"):
+        save_checkpoint(tmp_path / "c.pt", ViT("vit_t"))
+    assert [file.name for file in tmp_path.iterdir()] == ["c.pt"] and (tmp_path / "c.pt").read_bytes() == before
+
+
 def test_weights_must_fit_exactly(tmp_path):
     vit = ViT("vit_t")
     state = vit.state_dict()

@@ -1,6 +1,7 @@
 """Coding rate in closed form, the loss on one rank and two, views on a coordinate ramp, the teacher."""
 import math
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -335,3 +336,13 @@ def test_picture_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["simdino.py", str(tmp_path / "none.png")])
     with pytest.raises(UserError, match="none.png"):
         simdino.main()
+    monkeypatch.setattr(sys, "argv", ["simdino.py", str(tmp_path / "x.png"), "--size", "-1"])
+    with pytest.raises(SystemExit, match="2"):
+        simdino.main()
+
+
+def test_picture_of_a_volume_shows_at_most_eight_of_its_slices(tmp_path, monkeypatch):
+    sample = Namespace(out=tmp_path / "v.png", seed=0), torch.rand(1, 1, 64, 64, 32)
+    monkeypatch.setattr(simdino, "read_picture_flags", lambda parser, out: sample)
+    simdino.main()
+    assert Image.open(tmp_path / "v.png").size == (8 * 64 + 7 * 4, 7 * 64 + 6 * 4)  # the sample, 2 + 4 views

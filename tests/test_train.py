@@ -384,6 +384,15 @@ def test_wrong_use_is_one_line(mixed_cache, tmp_path):
     assert failed.returncode == 1 and ".npy" in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
 
 
+def test_more_processes_than_gpus_are_told_so(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="lower --nproc_per_node"):
+        train.main()
+
+
 def test_every_flag_is_read_and_advised():
     source = (ROOT / "train.py").read_text()
     names = re.findall(r'flag\("--([a-z0-9-]+)"', source)
