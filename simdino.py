@@ -172,8 +172,8 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
 
     Alignment 1/2 ||z_c - z_g||^2 is averaged over the pairs of a teacher and a student view that differ, the
     coding rate of the samples of all ranks over the two global student views.
-    CHOICE: the rate of the student alone, as the paper writes it. The SimDINO code's default, the rate of
-    (student + teacher) / 2, has half the gradient.
+    CHOICE: the rate of the student alone, as the paper writes it, and of global views, as the SimDINO code;
+    its default, the rate of (student + teacher) / 2, has half the gradient.
     DEVIATION: the paper has no weight between the terms, but rates reach `rate_range`, alignments 2: gamma
     defaults to (d + m) / (d m), the balance of the SimDINO code (whose --eps is this eps squared).
     """
