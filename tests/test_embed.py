@@ -1,4 +1,5 @@
-"""embed.py: exact search against plain loops, embeddings that no batch or process changes, files that are refused."""
+"""embed.py: exact search against plain loops, embeddings that no process changes, files that are refused."""
+import hashlib
 import json
 import math
 import os
@@ -13,10 +14,10 @@ from PIL import Image
 
 import embed
 import prepare
-from embed import (batches_of, embed_rows, first_k, fixed_point, load_embedder, picture, pixels, read_embeddings,
-                   search, write_embeddings)
+from embed import embed_rows, load_embedder, picture, pixels, read_embeddings, search
 from model import ViT, pool, save_checkpoint
 from prepare import UserError, load_sample, read_samples
+from tests.phantoms import write_series
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +26,14 @@ def run(*command, cwd, **environment):
     """Run one of the scripts as a user would; returns the finished process."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def cache(mixed_cache):
+    """The mixed cache, and what prepare.py would say of its sizes."""
+    (mixed_cache / "recipe.json").write_text(json.dumps({"size": 32, "slices": 8, "frames": 16}))
+    return mixed_cache
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def checkpoint(tmp_path):
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------- search
+# ----------------------------------------------------------------------------------------------------- search
 def plain_search(queries, gallery, k):
     """The definition in Python floats: cosine, best first, ties by lower index."""
     def unit(v):
@@ -62,37 +70,8 @@ def test_search_equals_plain_loops(n, k):
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
-def test_ties_go_to_the_lower_index_in_and_between_blocks(monkeypatch):
-    generator = np.random.default_rng(0)
-    directions = generator.standard_normal((3, 17)).astype(np.float32)
-    gallery = directions[generator.integers(0, 3, 50)] * 2.0 ** generator.integers(-3, 4, (50, 1)).astype(np.float32)
-    queries = generator.standard_normal((9, 17)).astype(np.float32)
-    expected = plain_search(queries, gallery, 12)[1]
-    for block in (1, 3, 7, 64):
-        monkeypatch.setattr(embed, "GALLERY_BLOCK", block)
-        monkeypatch.setattr(embed, "QUERY_BLOCK", block)
-        assert search(queries, gallery, 12)[1].tolist() == expected, block
-
-
-def test_copies_of_a_vector_have_one_score_wherever_they_lie():
-    """float32 products do not promise this: sums run in another order at the edge of a block."""
-    generator = np.random.default_rng(0)
-    for width in (7, 100, 1537):
-        gallery = generator.standard_normal((129, width)).astype(np.float32)
-        gallery[::4] = gallery[0]
-        scores, indices = search(gallery[:1], gallery, 129)
-        assert indices[0, :33].tolist() == list(range(0, 129, 4)) and len(set(scores[0, :33].tolist())) == 1
-        q, g = fixed_point(gallery[:8]), fixed_point(gallery)
-        assert torch.equal(q @ g.T, torch.stack([(q * row).sum(dim=1) for row in g], dim=1))  # to the last bit
-
-
-def test_first_k_of_all_equal_scores_is_the_first_k():
-    values, columns = first_k(torch.zeros(2, 100), 5)
-    assert columns.tolist() == [[0, 1, 2, 3, 4]] * 2 and values.tolist() == [[0.0] * 5] * 2
-
-
 def test_gallery_may_be_a_memory_map_and_inputs_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "GALLERY_BLOCK", 16)
+    monkeypatch.setattr(embed, "GALLERY", 16)
     x = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
     np.save(tmp_path / "gallery.npy", x)
     mapped = np.load(tmp_path / "gallery.npy", mmap_mode="r")
@@ -103,6 +82,40 @@ def test_gallery_may_be_a_memory_map_and_inputs_tensors(tmp_path, monkeypatch):
     assert np.array_equal(x, mapped)  # and neither is changed
 
 
+def test_blocks_of_any_size_find_the_same(monkeypatch):
+    generator = np.random.default_rng(0)
+    queries, gallery = (generator.standard_normal((n, 17)).astype(np.float32) for n in (23, 150))
+    expected = plain_search(queries, gallery, 12)[1]
+    for a, b in ((1, 1), (3, 7), (64, 64), (23, 149)):
+        monkeypatch.setattr(embed, "QUERIES", a)
+        monkeypatch.setattr(embed, "GALLERY", b)
+        scores, indices = search(queries, gallery, 12)
+        assert indices.tolist() == expected, (a, b)
+        assert (scores[:, :-1] >= scores[:, 1:]).all()
+
+
+def test_memory_is_bounded_by_the_blocks(monkeypatch):
+    """No product is larger than a block of queries times a block of the gallery; k columns are kept."""
+    monkeypatch.setattr(embed, "QUERIES", 8)
+    monkeypatch.setattr(embed, "GALLERY", 16)
+    widest = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *args,
+                        **more: widest.append(x.shape) or topk(x, *args, **more))
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    search(x, x, 3)
+    products = [shape for shape in widest if shape[0] <= 8]
+    kept = [shape for shape in widest if shape[0] == 50]
+    assert max(shape[1] for shape in products) == 16 and max(shape[1] for shape in kept) == 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_search_on_a_gpu_finds_the_same():
+    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    scores, indices = search(x[:20].cuda(), x.cuda(), 5)
+    assert scores.is_cuda and torch.equal(indices.cpu(), search(x[:20], x, 5)[1])
+
+
 @pytest.mark.parametrize("queries, gallery, k", [
     ((2, 4), (3, 4), 0), ((2, 4), (3, 5), 1), ((2, 4), (0, 4), 1), ((4,), (3, 4), 1)])
 def test_search_refuses_what_has_no_answer(queries, gallery, k):
@@ -111,15 +124,17 @@ def test_search_refuses_what_has_no_answer(queries, gallery, k):
 
 
 def test_search_refuses_values_that_are_not_finite():
-    gallery = np.ones((3, 4), np.float32)
-    gallery[1, 2] = np.nan
-    with pytest.raises(UserError, match="embedding 1 "):
-        search(gallery[:1], gallery, 1)
+    for value in (np.nan, np.inf):
+        gallery = np.ones((3, 4), np.float32)
+        gallery[1, 2] = value
+        for queries, candidates in ((gallery[:1], gallery), (gallery, gallery[:1])):
+            with pytest.raises(UserError, match="not finite"):
+                search(queries, candidates, 1)
 
 
-# --------------------------------------------------------------------------------------------------------- encoders
+# --------------------------------------------------------------------------------------------------- encoders
 def test_embedding_is_cls_and_mean_of_the_patch_tokens(mixed_cache, checkpoint):
-    network, meta = load_embedder("m3ret", checkpoint)
+    network, meta, trained = load_embedder("m3ret", checkpoint)
     row = next(r for r in read_samples(mixed_cache) if r["modality"] == "ct")
     x = torch.from_numpy(load_sample(mixed_cache, row))[None]
     torch.manual_seed(1)
@@ -127,19 +142,22 @@ def test_embedding_is_cls_and_mean_of_the_patch_tokens(mixed_cache, checkpoint):
     with torch.no_grad():
         tokens = vit((x.float() / 255 - 0.5) / 0.5)
         assert torch.equal(network(x), torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
-    assert (meta["pool"], meta["run"]) == ("mix", {"ssl": "simdino", "data_fraction": 0.6, "step": 7})
+    assert (meta["pool"], meta["step"], json.loads(meta["flags"])["data_fraction"]) == ("mix", 7, 0.6)
+    assert meta["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert trained is None  # this checkpoint does not say
     assert meta["parameters"] == sum(p.numel() for p in vit.parameters())
 
 
 def test_untrained_encoder_has_the_architecture_but_not_the_weights(checkpoint):
     x = torch.randint(0, 256, (1, 1, 32, 32, 1), dtype=torch.uint8)
-    (trained, a), (first, b), (again, _) = (load_embedder(name, checkpoint) for name in ("m3ret", "random", "random"))
+    (trained, a, _), (first, b, _), (again, *_) = (
+        load_embedder(name, checkpoint) for name in ("m3ret", "random", "random"))
     assert a["parameters"] == b["parameters"] and b["pool"] == "mix"
     assert torch.equal(first(x), again(x)) and not torch.allclose(first(x), trained(x))
 
 
 def test_pixels_are_the_mean_slice_and_compare_by_correlation():
-    """A ramp down the slices of constant volumes is flat; an image equals itself brighter and with more contrast."""
+    """A ramp down the slices of a constant volume is flat; an image equals itself brighter and harder."""
     flat = torch.arange(5, dtype=torch.float16).expand(1, 1, 64, 64, 5) / 10
     assert not pixels(flat).any()
     image = torch.rand(1, 1, 32, 32, 1, generator=torch.Generator().manual_seed(0))
@@ -161,90 +179,130 @@ def test_a_2d_network_sees_every_slice_in_imagenet_colours():
     torch.testing.assert_close(out, (volume.mean(dim=(1, 2, 3, 4))[:, None] - mean) / std, atol=0.02, rtol=0)
 
 
-def test_dinov2_comes_from_a_clone_and_a_weight_file(tmp_path):
-    (tmp_path / "clone").mkdir()
-    (tmp_path / "clone" / "hubconf.py").write_text(
-        "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        "        self.w = torch.nn.Parameter(torch.zeros(4))\n\n    def forward(self, x):\n"
-        "        return self.w.expand(len(x), 4)\n\n\n"
-        "def dinov2_vits14_reg(pretrained=True):\n    assert not pretrained\n    return Net()\n")
-    weights = tmp_path / "dinov2_vits14_reg4_pretrain.pth"
-    torch.save({"w": torch.arange(4.0)}, weights)
-    network, meta = load_embedder(f"dinov2:{tmp_path / 'clone'}", weights)
-    assert network(torch.zeros(2, 1, 20, 20, 3, dtype=torch.uint8)).tolist() == [[0, 1, 2, 3]] * 2
-    assert meta["checkpoint"] == str(weights) and meta["parameters"] == 4
-    with pytest.raises(UserError, match="hubconf"):
-        load_embedder(f"dinov2:{tmp_path}", weights)
+def test_the_checkpoint_is_read_once(checkpoint, monkeypatch):
+    reads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **more: reads.append(args) or load(*args, **more))
+    load_embedder("m3ret", checkpoint)
+    assert len(reads) == 1
 
 
-@pytest.mark.parametrize("name", ["nonsense", "no_such_module:f", "math:no_such_function", "m3ret"])
-def test_unknown_encoders_are_named(name):
-    with pytest.raises(UserError, match=name.split(":")[0]):
-        load_embedder(name, None)
+@pytest.mark.parametrize("name", [
+    "nonsense", "no_such_module:f", "math:no_such_function", ":x", "x:", ".x:f", "math:pi", "own:needs",
+    "m3ret", "random"])
+def test_unknown_encoders_are_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("def needs(argument):\n    pass\n")
+    with pytest.raises(UserError, match=f"--encoder {name}:"):
+        load_embedder(name)
 
 
-# ------------------------------------------------------------------------------------------------------- embeddings
-def test_every_id_once_in_the_order_of_the_table(mixed_cache, tmp_path):
-    rows = read_samples(mixed_cache)[::-1]
+def test_a_checkpoint_that_would_be_ignored_is_refused(checkpoint):
+    with pytest.raises(UserError, match="--checkpoint"):
+        load_embedder("pixels", checkpoint)
+
+
+@pytest.mark.parametrize("state", [
+    {"config": {}}, {"encoder": 5}, {"config": {"arch": "vit_t"}, "encoder": {}},
+    {"config": 5, "encoder": {}},
+    {"config": {"arch": "vit_huge"}, "encoder": {}},
+    {"config": {"arch": "vit_t", "patch_size": 0}, "encoder": {}}])
+def test_edited_checkpoints_are_named(tmp_path, state):
+    torch.save(state, tmp_path / "edited.pt")
+    done = run(ROOT / "embed.py", "cache", "--checkpoint", "edited.pt", cwd=tmp_path)
+    assert (done.returncode,
+            len(done.stderr.splitlines())) == (1, 1) and "edited.pt" in done.stderr, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- embeddings
+PIXELS = load_embedder("pixels")
+
+
+def test_every_id_once_in_the_order_of_the_table(cache, tmp_path):
+    rows = read_samples(cache)[::-1]
     rows = rows[1::2] + rows[::2]  # shapes in turn
-    assert sorted(sum(batches_of(rows), [])) == list(range(len(rows)))
-    embed_rows(rows, pixels, {"encoder": "pixels"}, tmp_path / "e.npz", workers=0)
-    embeddings, ids, meta = read_embeddings(tmp_path / "e.npz")
-    assert ids == [row["id"] for row in rows] and meta["cache"] == str(mixed_cache)
-    assert meta["sizes"] == {"size": 32, "slices": 8, "frames": 16}
+    embed_rows(rows, *PIXELS, tmp_path / "new" / "e.npz", workers=0)
+    found, embeddings, meta = read_embeddings(tmp_path / "new" / "e.npz")
+    assert found == read_embeddings(tmp_path / "new" / "e.npz",
+                                    cache)[0] == rows and meta["cache"] == str(cache)
+    assert meta["sizes"] == {"size": 32, "slices": 8, "frames": 16} and meta["seen"] == []
     for i in (0, 5, 23):
-        x = torch.from_numpy(load_sample(mixed_cache, rows[i]))[None]
+        x = torch.from_numpy(load_sample(cache, rows[i]))[None]
         np.testing.assert_allclose(embeddings[i], pixels(x)[0], atol=1e-6)
-    assert [path.name for path in tmp_path.glob("*.parts")] == []
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["e.npz"]
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(mixed_cache, tmp_path):
-    rows, calls = read_samples(mixed_cache), []
-
-    def breaks(x):
-        calls.append(x.shape)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return pixels(x)
-    with pytest.raises(KeyboardInterrupt):
-        embed_rows(rows, breaks, {"encoder": "pixels"}, tmp_path / "e.npz", workers=0)
-    assert not (tmp_path / "e.npz").exists()
-    embed_rows(rows, breaks, {"encoder": "pixels"}, tmp_path / "e.npz", workers=0)
-    assert len(calls) == 1 + len(batches_of(rows))
-    embed_rows(rows, pixels, {"encoder": "pixels"}, tmp_path / "whole.npz", workers=0)
-    assert (tmp_path / "e.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+def test_samples_that_were_trained_on_are_listed(cache, checkpoint, tmp_path):
+    """The checkpoint keeps ids as signed 64-bit numbers; ids from 8000... on wrap to negative ones."""
+    rows = read_samples(cache)[:3]
+    for row, name in zip(rows, ("00000000000000ff", "ffffffffffffffff", "8000000000000000")):
+        (cache / f"{row['id']}.npy").rename(cache / f"{name}.npy")
+        row["id"] = name
+    save_checkpoint(tmp_path / "some.pt", ViT("vit_t"), flags="{}", step=1, ids=torch.tensor([255, -1, 7]))
+    for file, name, seen in ((tmp_path / "some.pt", "m3ret", [rows[0]["id"], rows[1]["id"]]),
+                             (checkpoint, "m3ret", None),
+                             (tmp_path / "some.pt", "random", [])):
+        embed_rows(rows, *load_embedder(name, file), tmp_path / "e.npz", workers=0)
+        with np.load(tmp_path / "e.npz") as made:
+            assert json.loads(str(made["meta"]))["seen"] == seen
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_sample_is_named_in_one_line(mixed_cache, tmp_path, workers):
-    rows = read_samples(mixed_cache)
-    (mixed_cache / f"{rows[3]['id']}.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(UserError, match=rows[3]["id"]) as caught:
-        embed_rows(rows, pixels, {"encoder": "pixels"}, tmp_path / "e.npz", workers=workers)
-    assert "\n" not in str(caught.value) and not (tmp_path / "e.npz").exists()
+def test_a_damaged_sample_is_named_in_one_line(cache, tmp_path, workers):
+    rows = read_samples(cache)
+    (cache / f"{rows[3]['id']}.npy").write_bytes(b"\x93NUMPY")
+    done = run(ROOT / "embed.py", cache, "--encoder", "pixels", "--workers", workers, cwd=tmp_path)
+    lines = done.stderr.replace("\r", "\n").strip().splitlines()  # the progress bar is wiped out before
+    assert done.returncode == 1 and lines[-1].startswith("embed.py: "), done.stderr
+    assert rows[3]["id"] in lines[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "emb.npz").exists()
 
 
-def test_8_bit_and_deeper_samples_of_one_shape_keep_their_scale(tmp_path, mixed_cache):
-    rows = [row for row in read_samples(mixed_cache) if row["modality"] == "xray"][:2]
+def test_a_sample_that_is_not_finite_is_named(cache, tmp_path):
+    rows = [row for row in read_samples(cache) if row["modality"] == "xray"]
+    for row in rows:
+        np.save(cache / f"{row['id']}.npy",
+                np.full((1, 32, 32, 1), np.nan if row is rows[2] else 0.5, np.float16))
+    with pytest.raises(UserError, match=f"{rows[2]['id']}.npy .* not finite"):
+        embed_rows(rows, *PIXELS, tmp_path / "e.npz", workers=0)
+
+
+@pytest.mark.parametrize("made", ["None", "5", "lambda x: None", "lambda x: x.flatten(1).float().numpy()",
+                                  "lambda x: x.float()", "lambda x: x.flatten(1)[:1].float()"])
+def test_an_encoder_that_gives_no_vectors_is_said_in_one_line(cache, tmp_path, made):
+    (tmp_path / "mine.py").write_text(f"def build():\n    return {made}\n")
+    done = run(ROOT / "embed.py", cache, "--encoder", "mine:build", "--workers", "0", cwd=tmp_path)
+    assert done.returncode == 1 and "embed.py: the encoder" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_8_bit_and_deeper_samples_of_one_shape_keep_their_scale(tmp_path, cache):
+    rows = [row for row in read_samples(cache) if row["modality"] == "xray"][:2]
     half = np.repeat([0, 1], 16)[None, None, :, None] * np.ones((1, 32, 1, 1))  # left black, right white
-    np.save(mixed_cache / f"{rows[0]['id']}.npy", np.uint8(51 * half))
-    np.save(mixed_cache / f"{rows[1]['id']}.npy", np.float16(0.2 * half))
-    embed_rows(rows, pixels, {"encoder": "pixels"}, tmp_path / "e.npz", workers=0)
+    np.save(cache / f"{rows[0]['id']}.npy", np.uint8(51 * half))
+    np.save(cache / f"{rows[1]['id']}.npy", np.float16(0.2 * half))
+    embed_rows(rows, *PIXELS, tmp_path / "e.npz", workers=0)
     expected = np.tile(np.repeat([-0.1, 0.1], 16), (2, 32))  # (2, 1024): both are .2 wide, less their mean
-    np.testing.assert_allclose(read_embeddings(tmp_path / "e.npz")[0], expected, atol=1e-3)
+    np.testing.assert_allclose(read_embeddings(tmp_path / "e.npz")[1], expected, atol=1e-3)
 
 
-def test_two_processes_write_what_one_writes(mixed_cache, checkpoint, tmp_path):
-    two = run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713", ROOT / "embed.py",
-              mixed_cache, "--checkpoint", checkpoint, "--workers", "0", "--out", tmp_path / "two.npz", cwd=tmp_path)
-    assert two.returncode == 0 and two.stdout.count("24 embeddings") == 1, two.stderr
-    embed_rows(read_samples(mixed_cache), *load_embedder("m3ret", checkpoint), tmp_path / "one.npz", workers=0)
-    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_write_what_one_writes(cache, checkpoint, tmp_path, processes):
+    """Each id exactly once, also where there are more processes than batches."""
+    done = run("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29713",
+               ROOT / "embed.py",
+               cache, "--checkpoint", checkpoint, "--workers", "0", "--out", tmp_path / "many.npz",
+               cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("24 embeddings") == 1, done.stderr
+    embed_rows(read_samples(cache), *load_embedder("m3ret", checkpoint), tmp_path / "one.npz", workers=0)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "many.npz").read_bytes()
+    assert not list(tmp_path.glob("*.part*"))
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"not a zip", {"embeddings": np.ones((2, 3))}, {"ids": np.array(["a"]), "embeddings": np.ones((2, 3))},
-    {"ids": np.array(["a", "a"]), "embeddings": np.ones((2, 3))}, {"ids": np.arange(1), "embeddings": np.ones((1, 3))},
+    b"", b"not a zip", {"embeddings": np.ones((2, 3))},
+    {"ids": np.array(["a"]), "embeddings": np.ones((2, 3))},
+    {"ids": np.array(["a", "a"]), "embeddings": np.ones((2, 3))},
+    {"ids": np.arange(1), "embeddings": np.ones((1, 3))},
     {"ids": np.array(["a"]), "embeddings": np.full((1, 3), np.nan)},
     {"ids": np.array([], str), "embeddings": np.ones((0, 3))},
     {"ids": np.array(["a"]), "embeddings": np.array([[object()]])},
@@ -256,16 +314,20 @@ def test_files_that_are_no_embeddings_are_refused(tmp_path, content):
         read_embeddings(path)
 
 
-def test_embeddings_survive_the_file(tmp_path):
-    x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
-    write_embeddings(tmp_path / "e.npz", x, ["b", "a", "c"], {"encoder": "x"})
-    embeddings, ids, meta = read_embeddings(tmp_path / "e.npz")
-    assert np.array_equal(embeddings, x) and ids == ["b", "a", "c"] and meta == {"encoder": "x"}
-    np.savez(tmp_path / "other.npz", embeddings=x.astype(np.float64), ids=np.array(["b", "a", "c"]))  # made by anyone
-    assert np.array_equal(read_embeddings(tmp_path / "other.npz")[0], x)
+def test_embeddings_made_by_anyone_are_read(cache, tmp_path):
+    rows = read_samples(cache)
+    x = np.random.default_rng(0).standard_normal((3, 5))
+    np.savez(tmp_path / "e.npz", embeddings=x,
+             ids=np.array([rows[i]["id"] for i in (4, 0, 2)]))  # float64, no meta
+    found, embeddings, meta = read_embeddings(tmp_path / "e.npz", cache)
+    assert found == [rows[4], rows[0], rows[2]] and meta == {} and embeddings.dtype == np.float32
+    assert np.array_equal(embeddings, np.float32(x))
+    with pytest.raises(UserError, match="not in"):
+        np.savez(tmp_path / "e.npz", embeddings=x[:1], ids=np.array(["0123456789abcdef"]))
+        read_embeddings(tmp_path / "e.npz", cache)
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------------- command line
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """Call a script's main as `python script.py arguments` would, in tmp_path."""
@@ -277,38 +339,112 @@ def command(tmp_path, monkeypatch):
     return call
 
 
-def test_an_encoder_of_ones_own(mixed_cache, tmp_path, command):
+def test_an_encoder_of_ones_own(cache, tmp_path, command):
     (tmp_path / "mine.py").write_text("def build():\n    return lambda x: x.float().flatten(1)[:, :6]\n")
-    command(embed, mixed_cache, "--encoder", "mine:build", "--workers", "0")
-    embeddings, ids, meta = read_embeddings("emb.npz")
-    row = next(r for r in read_samples(mixed_cache) if r["id"] == ids[0])
-    assert embeddings[0].tolist() == load_sample(mixed_cache, row).ravel()[:6].tolist()  # uint8, as it is cached
-    assert meta["encoder"] == "mine:build"
+    sys.modules.pop("mine", None)
+    command(embed, cache, "--encoder", "mine:build", "--workers", "0")
+    rows, embeddings, meta = read_embeddings("emb.npz")
+    assert embeddings[0].tolist() == load_sample(cache, rows[0]).ravel()[:6].tolist()  # uint8, as cached
+    assert (meta["encoder"], meta["checkpoint_sha256"], meta["seen"]) == ("mine:build", "", None)
+    assert meta["code_sha256"] == hashlib.sha256((tmp_path / "mine.py").read_bytes()).hexdigest()
 
 
-def test_a_file_finds_itself(checkpoint, tmp_path, command, capsys):
-    """prepare -> embed -> search: the source file of a sample comes back first, and its path is not told."""
-    generator = np.random.default_rng(0)
-    (tmp_path / "secret_name").mkdir()
-    for i in range(6):
+def noise_images(folder, generator, n=6):
+    """n smooth noise images in a folder of that name, and labels.csv beside it."""
+    Path(folder).mkdir()
+    for i in range(n):
         noise = Image.fromarray(generator.integers(0, 256, (5, 7), dtype=np.uint8))
-        noise.resize((70, 50)).save(tmp_path / "secret_name" / f"{i}.png")
-    (tmp_path / "labels.csv").write_text("path,labels\n" + "".join(f"{i}.png,kind {i}\n" for i in range(6)))
-    command(prepare, "folder", "secret_name", "--name", "mine", "--modality", "xray", "--labels", "labels.csv",
-            "--size", "64")
-    command(embed, "cache/mine", "--checkpoint", checkpoint, "--workers", "0")
+        noise.resize((70, 50)).save(f"{folder}/{i}.png")
+    Path("labels.csv").write_text("path,labels\n" + "".join(f"{i}.png,{folder} {i}\n" for i in range(n)))
+
+
+@pytest.fixture
+def two_galleries(checkpoint, command, capsys):
+    """X-rays and ultrasound images, embedded as xray.npz and ultrasound.npz; returns the checkpoint."""
+    generator = np.random.default_rng(0)
+    for name in ("xray", "ultrasound"):
+        noise_images(f"my_{name}", generator)
+        command(prepare, "folder", f"my_{name}", "--name", name, "--modality", name, "--labels", "labels.csv",
+                "--size", "64", "--workers", "1")
+        command(embed, f"cache/{name}", "--checkpoint", checkpoint, "--workers", "0", "--out", f"{name}.npz")
     capsys.readouterr()
-    search_for_4 = ["--search", "secret_name/4.png", "--modality", "xray", "--gallery", "emb.npz"]
-    command(embed, *search_for_4, "--top", "2", "--figure", "hits.png")
-    head, first, second = capsys.readouterr().out.splitlines()
-    assert first.split()[:2] == ["1", "1.000"] and first.endswith("kind 4")
-    assert "secret_name" not in head + first + second
-    with Image.open("hits.png") as image:
-        assert image.size[0] > 2 * image.size[1]  # three tiles side by side
+    return checkpoint
+
+
+def test_a_file_finds_itself(two_galleries, command, capsys):
+    """prepare -> embed -> search: the source file of a sample comes back first, from either gallery."""
+    for name in ("xray", "ultrasound"):
+        command(embed, "--search", f"my_{name}/4.png", "--modality", name, "--gallery", "xray.npz",
+                "ultrasound.npz",
+                "--top", "2", "--figure", "hits.png")
+        _, first, second = capsys.readouterr().out.splitlines()
+        assert first.split()[:3] == ["1", "1.000",
+                                     name] and f"my_{name} 4" in first and first.endswith("4.png")
+        with Image.open("hits.png") as image:
+            assert image.size[0] > 2 * image.size[1]  # three tiles side by side
+    Path("cache/xray/sources.csv").unlink()  # what only its owner may have
+    command(embed, "--search", "my_xray/4.png", "--gallery", "xray.npz", "--top", "1")
+    out = capsys.readouterr().out
+    assert "my_xray 4" in out and "4.png" not in out
+
+
+def test_the_gallery_says_what_a_file_is_if_it_holds_one_modality(two_galleries, command, capsys):
+    command(embed, "--search", "my_xray/4.png", "--gallery", "ultrasound.npz")
+    assert "taken as ultrasound" in capsys.readouterr().err
+    command(embed, "--search", "my_ultrasound/4.png", "--gallery", "xray.npz", "ultrasound.npz")
+    assert "taken as xray" in capsys.readouterr().err  # no single one: an image is an X-ray, and that is said
+    command(embed, "--search", "my_xray/4.png", "--gallery", "ultrasound.npz", "--modality", "xray")
+    assert "taken as" not in capsys.readouterr().err
+
+
+def test_galleries_that_do_not_belong_together_are_named(two_galleries, cache, command):
+    search_xray = ["--search", "my_xray/4.png", "--modality", "xray", "--gallery", "xray.npz"]
     torch.manual_seed(2)
-    save_checkpoint("other.pt", ViT("vit_t", cls_token=True))
-    with pytest.raises(UserError, match="other.pt is not the checkpoint"):
-        command(embed, *search_for_4, "--checkpoint", "other.pt")
+    save_checkpoint("other.pt", ViT("vit_t", cls_token=True), flags="{}", step=1)
+    with pytest.raises(UserError, match="other.pt is not what made xray.npz"):
+        command(embed, *search_xray, "--checkpoint", "other.pt")
+    command(embed, "cache/ultrasound", "--checkpoint", "other.pt", "--out", "other.npz", "--workers", "0")
+    with pytest.raises(UserError, match="other.npz says no checkpoint_sha256, or another"):
+        command(embed, *search_xray, "other.npz")
+    command(embed, cache, "--checkpoint", two_galleries, "--out", "small.npz", "--workers", "0")
+    with pytest.raises(UserError, match="small.npz says no sizes, or another"):
+        command(embed, *search_xray, "small.npz")
+    rows = read_samples("cache/xray")
+    np.savez("foreign.npz", embeddings=np.ones((1, 384)), ids=[rows[0]["id"]],
+             meta=json.dumps({"cache": "cache/xray"}))
+    for galleries in (["foreign.npz"], ["xray.npz", "foreign.npz"]):
+        with pytest.raises(UserError, match="foreign.npz says no encoder"):
+            command(embed, "--search", "my_xray/4.png", "--modality", "xray", "--gallery", *galleries)
+
+
+def test_a_pipe_as_query_does_not_hang(two_galleries, tmp_path):
+    os.mkfifo("pipe")
+    done = run(ROOT / "embed.py", "--search", "pipe", "--gallery", "xray.npz", cwd=tmp_path)
+    assert done.returncode == 1 and "pipe" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_any_file_of_a_series_stands_for_it(tmp_path, command, capsys):
+    """Two series in one folder: the folder is ambiguous and both are named, a file stands for its series."""
+    rng = np.random.default_rng(0)
+    for patient in ("a", "b"):
+        image = np.int16(rng.integers(-500, 500,
+                                      (3, 3, 3)).repeat(8, 0).repeat(8, 1).repeat(4, 2))  # (24, 24, 12)
+        write_series(tmp_path / patient, image, (2.0, 2.0, 3.0), patient, rng)
+        (tmp_path / "both").mkdir(exist_ok=True)
+        for file in (tmp_path / patient).iterdir():
+            file.rename(tmp_path / "both" / f"{patient}_{file.name}")
+    command(prepare, "folder", "both", "--name", "ct", "--size", "32", "--slices", "8", "--workers", "1")
+    command(embed, "cache/ct", "--encoder", "pixels", "--workers", "0", "--out", "ct.npz")
+    with pytest.raises(UserError, match="2 samples.*[ab]_IM.*[ab]_IM"):
+        command(embed, "--search", "both", "--gallery", "ct.npz")
+    ids = set()
+    for patient in ("a", "b"):
+        capsys.readouterr()
+        command(embed, "--search", f"both/{patient}_IM00005", "--gallery", "ct.npz", "--top", "1")
+        place, cosine, modality, name, *_ = capsys.readouterr().out.splitlines()[1].split()
+        assert (cosine, modality) == ("1.000", "ct")
+        ids.add(name)
+    assert len(ids) == 2
 
 
 def test_picture_marks_and_scales():
@@ -318,22 +454,25 @@ def test_picture_marks_and_scales():
 
 
 @pytest.mark.parametrize("arguments, names", [
-    (["nowhere", "--checkpoint", "x.pt"], "nowhere"), (["cache/mixed"], "--checkpoint"),
-    (["cache/mixed", "--checkpoint", "text.pt"], "text.pt"), (["cache/mixed", "--checkpoint", "no.pt"], "no.pt"),
+    (["nowhere", "--checkpoint", "{checkpoint}"], "nowhere"), (["cache/mixed"], "--checkpoint"),
+    (["cache/mixed", "--checkpoint", "text.pt"], "text.pt"),
+    (["cache/mixed", "--checkpoint", "no.pt"], "no.pt"),
     (["cache/mixed", "--encoder", "pixels", "--out", "text.pt/e.npz"], "text.pt/e.npz"),
     (["--search", "x.png", "--gallery", "missing.npz"], "missing.npz")])
-def test_what_a_user_gets_wrong_is_named(mixed_cache, arguments, names, command):
+def test_what_a_user_gets_wrong_is_named(cache, checkpoint, arguments, names, command):
     Path("text.pt").write_text("not a checkpoint")
-    with pytest.raises(UserError, match=names):
-        command(embed, *arguments)
+    with pytest.raises((UserError, OSError), match=names):
+        command(embed, *(argument.format(checkpoint=checkpoint) for argument in arguments))
 
 
 def test_an_error_is_one_line_and_exit_code_1(tmp_path):
     done = run(ROOT / "embed.py", "nowhere", "--encoder", "pixels", cwd=tmp_path)
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1) and done.stderr.startswith("embed.py: nowhere")
+    assert (done.returncode,
+            len(done.stderr.splitlines())) == (1, 1) and done.stderr.startswith("embed.py: nowhere")
 
 
 def test_wrong_usage_is_exit_code_2(command):
-    for arguments in ([], ["--search", "x.png"], ["cache/a", "--search", "x.png", "--gallery", "g.npz"]):
+    for arguments in ([], ["--search", "x.png"], ["cache/a", "--search", "x.png", "--gallery", "g.npz"],
+                      ["cache/a", "--encoder", "pixels", "--workers", "-1"], ["cache/a", "--workers", "two"]):
         with pytest.raises(SystemExit, match="2"):
             command(embed, *arguments)
