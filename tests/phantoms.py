@@ -18,12 +18,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import av
+import imageio.v3 as iio
 import nibabel as nib
 import numpy as np
+import pydicom
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRBigEndian,
+                         ExplicitVRLittleEndian, generate_uid)
 
 MODALITIES = ("xray", "ultrasound", "endoscopy", "ct", "mri")
 TISSUES = {         # CT in HU; MRI as T1, T2, PD; ultrasound echo and attenuation per mm
@@ -525,30 +527,46 @@ def endoscopy(organ, rng):
 NAMES = ("ALICE", "BORIS", "CARLA", "DEMIR", "ELENA", "FELIX", "GRETA", "HENRY")
 
 
-def dicom(path, pixels, patient, sop_class, instance, **tags):
-    """One 12-bit grey DICOM file; its UIDs follow from the patient and the instance."""
+def dicom(path, pixels, sop_class, syntax=ExplicitVRLittleEndian, **tags):
+    """A DICOM file of integer pixels (rows, columns), (frames, rows, columns) or (rows, columns, 3); `tags` go before
+    what the pixels say. Tests and benchmark write theirs with it, too."""
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID = sop_class, generate_uid(entropy_srcs=[patient, str(instance)])
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = (generate_uid(entropy_srcs=[patient, u]) for u in ("study", "series"))
-    ds.PatientID, ds.PatientName = patient, f"PHANTOM^{NAMES[sum(patient.encode()) % len(NAMES)]}"
-    ds.PatientBirthDate, ds.PatientSex, ds.StudyDate, ds.StudyTime = "19700101", "O", "20250101", "120000"
-    ds.InstitutionName, ds.Manufacturer, ds.ImageType = "PHANTOM HOSPITAL", "PHANTOM", ["ORIGINAL", "PRIMARY"]
-    ds.Rows, ds.Columns = pixels.shape
-    ds.SamplesPerPixel, ds.PixelRepresentation, ds.BitsAllocated, ds.BitsStored, ds.HighBit = 1, 0, 16, 12, 11
-    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.PhotometricInterpretation = sop_class, generate_uid(), "MONOCHROME2"
+    if pixels.ndim == 3 and pixels.shape[2] == 3:
+        (ds.Rows, ds.Columns, ds.SamplesPerPixel), ds.PhotometricInterpretation = pixels.shape, "RGB"
+        ds.PlanarConfiguration = 0
+    else:
+        (ds.Rows, ds.Columns), ds.SamplesPerPixel = pixels.shape[-2:], 1
+    if pixels.ndim == 3 and ds.SamplesPerPixel == 1:
+        ds.NumberOfFrames = len(pixels)
+    ds.BitsAllocated = ds.BitsStored = 8 * pixels.itemsize
+    ds.PixelRepresentation = int(pixels.dtype.kind == "i")
     for name, value in tags.items():
         setattr(ds, name, value)
-    ds.PixelData = pixels.astype("<u2").tobytes()
-    ds.save_as(path, enforce_file_format=True)
+    ds.HighBit = tags.get("HighBit", ds.BitsStored - 1)
+    little = syntax != ExplicitVRBigEndian
+    ds.PixelData = pixels.astype(pixels.dtype.newbyteorder("<" if little else ">")).tobytes()
+    ds["PixelData"].VR = "OW" if ds.BitsAllocated == 16 else "OB"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pydicom.dcmwrite(path, ds, enforce_file_format=True, little_endian=little, implicit_vr=False)
+    return path
+
+
+def patient_tags(patient, instance):
+    """What the headers of one patient say; its UIDs follow from the patient and the instance."""
+    study, series, own = (generate_uid(entropy_srcs=[patient, name]) for name in ("study", "series", str(instance)))
+    return {"StudyInstanceUID": study, "SeriesInstanceUID": series, "SOPInstanceUID": own, "PatientID": patient,
+            "PatientName": f"PHANTOM^{NAMES[sum(patient.encode()) % len(NAMES)]}", "PatientBirthDate": "19700101",
+            "StudyDate": "20250101", "ImageType": ["ORIGINAL", "PRIMARY"], "BitsStored": 12}
 
 
 def write_xray(path, image, patient, rng):
     """A digital X-ray, one in three with dense stored low, all with a display window."""
     low, high = np.percentile(image, [2, 99.5]) * rng.uniform(.9, 1.1, 2)
     flip, centre = rng.random() < 1 / 3, (low + high) / 2
-    dicom(path, 4095 - image if flip else image, patient, DigitalXRayImageStorageForPresentation, 1,
+    dicom(path, 4095 - image if flip else image, DigitalXRayImageStorageForPresentation, **patient_tags(patient, 1),
           Modality=str(rng.choice(["DX", "CR"])), PhotometricInterpretation="MONOCHROME1" if flip else "MONOCHROME2",
           WindowCenter=f"{4095 - centre if flip else centre:.1f}", WindowWidth=f"{high - low:.1f}",
           PresentationIntentType="FOR PRESENTATION", PixelIntensityRelationship="LOG",
@@ -561,8 +579,9 @@ def write_series(folder, image, voxel, patient, rng):
     count, corner, numbers = image.shape[2], rng.uniform(-200, 0, 3), np.arange(1, image.shape[2] + 1)
     numbers = numbers[::rng.choice([-1, 1])]
     for k, name in enumerate(rng.permutation(count)):
-        dicom(folder / f"IM{name:05d}", image[:, :, k].T + 1024, patient, CTImageStorage, k,
-              Modality="CT", RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU", InstanceNumber=int(numbers[k]),
+        pixels = (image[:, :, k].T + 1024).astype(np.uint16)
+        dicom(folder / f"IM{name:05d}", pixels, CTImageStorage, **patient_tags(patient, k), Modality="CT",
+              RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU", InstanceNumber=int(numbers[k]),
               ImagePositionPatient=[f"{p:.4f}" for p in corner + (0, 0, k * voxel[2])],
               ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PixelSpacing=[f"{v:.5f}" for v in voxel[1::-1]],
               SliceThickness=f"{voxel[2]:.4f}", FrameOfReferenceUID=generate_uid(entropy_srcs=[patient, "frame"]))
@@ -578,12 +597,11 @@ def write_nifti(path, image, voxel, rng):
 
 def write_video(path, frames):
     """Motion JPEG at a bit rate that leaves no visible blocks."""
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("mjpeg", rate=25)
-        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *frames.shape[1:3], "yuvj420p", 4_000_000
+    with iio.imopen(path, "w", plugin="pyav") as file:
+        file.init_video_stream("mjpeg", fps=25, pixel_format="yuvj420p")
+        file._video_stream.bit_rate = 4_000_000  # imageio has no argument for it
         for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode(None))
+            file.write_frame(frame)
 
 
 def write_sample(folder, modality, number, split, seed):
