@@ -1,15 +1,15 @@
-"""Turn medical image files and public data sets into a cache of small arrays (paper Sec. 3.1, 3.4, Appendix C).
+"""Turn medical image files and public data sets into a cache of small arrays (Sec. 3.1, 3.4, Appendix C).
 
-In:  any folder of DICOM, NIfTI, PNG, JPEG, TIFF, GIF, AVI, MP4, MOV files, or a public data set as downloaded.
-Out: cache/NAME/ID.npy, (C, H, W, S): image (1 or 3, 256, 256, 1), video (3, 256, 256, 64), volume (1, 256, 256,
-     64), uint8 (value / 255) from 8-bit sources, float16 in [0, 1] from deeper ones; samples.csv says what each is,
+In:  any folder of DICOM, NIfTI, PNG, JPEG, TIFF, GIF, AVI, MP4, MOV files, or a public data set as published.
+Out: cache/NAME/ID.npy, (C, H, W, S): image (1 or 3, 256, 256, 1), video (3, 256, 256, 64), volume (1, 256,
+     256, 64), uint8 (value / 255) from 8-bit sources, else float16 in [0, 1]; samples.csv says what each is,
      sources.csv where it came from, rejected.csv what was left out and why. Only the last two name files.
-Volumes: H runs from anterior to posterior, W from the patient's right (image left) to left, S from feet to head.
+Volumes: H runs from anterior to posterior, W from the patient's right (image left) to left, S from feet up.
 
     python prepare.py folder /data/mr --name hospital_mr --modality mri --labels labels.csv --key-file my.key
 
-A sample is done when its .npy exists: a run makes what is missing, then writes the tables. To make a sample again,
-delete its .npy. Children decode the files under a limit of time and memory: no file can end or hang a run.
+A sample is done when its .npy exists: a run makes what is missing, then writes the tables. To make a sample
+again, delete its .npy. Children decode the files, short of time and memory: no file can end or hang a run.
 """
 import argparse
 import contextlib
@@ -46,12 +46,12 @@ DICOM_MODALITIES = {"US": "ultrasound", "IVUS": "ultrasound", "ES": "endoscopy",
                     **dict.fromkeys(("CR", "DX", "DR", "RG", "MG", "RF", "XA", "PX", "IO"), "xray")}
 VOLUMES = ("ct", "mri")  # their single-frame DICOM files are slices of a series
 SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
-SIZES = {"size": 256, "slices": 64, "frames": 64}  # Sec. 3.4; of 64 frames training draws 16, each time others
+SIZES = {"size": 256, "slices": 64, "frames": 64}  # Sec. 3.4; of 64 frames training draws 16, ever others
 DEMO_SIZES = {"size": 32, "slices": 4, "frames": 4}  # what `prepare.py demo` takes, and prints as flags
 HU_RANGE = (-1000.0, 1000.0)  # Sec. 3.4
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-MIN_SLICES, MIN_RUN = 8, 16  # CHOICE: fewer slices are no volume; frames of a Kvasir-Capsule clip (Appendix C)
-SECONDS, MEMORY = 60, 6 << 30  # what a sample may take, and 1 s per MB; bytes that a child may add to its parent's
+MIN_SLICES, MIN_RUN = 8, 16  # CHOICE: fewer slices are no volume; frames of a Kvasir clip (Appendix C)
+SECONDS, MEMORY = 60, 6 << 30  # that a sample may take, and 1 s per MB; bytes beyond the parent's own
 PIXELS = 50_000_000  # of the largest image
 PUBLIC_KEY = b"M3Ret public data"  # the ids of public data sets are the same on every machine
 VERSION = 2  # raise when the pixels of a cached sample change
@@ -61,9 +61,10 @@ SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif"), "nifti"
             "video": (".avi", ".mp4", ".mov", ".mpg", ".mpeg", ".mkv", ".wmv", ".m4v", ".webm")}
 UNKNOWN_FILE = "not a DICOM, NIfTI, image or video file"
 BURNED_IN = "may show names or dates in its pixels (BurnedInAnnotation is not NO)"
-# One future sample. files: one, or slices or frames, relative to the source; kind: image, video, nifti, dicom,
-# series or clip; key: what the id is made of, where it is not the path.
-Job = namedtuple("Job", "files kind modality labels patient split key notes id", defaults=[(), "", "", "", (), ""])
+# One future sample. files: relative to the source, one or the slices or frames; kind: image, video, nifti,
+# dicom, series or clip; key: what the id is made of, where it is not the path.
+Job = namedtuple("Job", "files kind modality labels patient split key notes id",
+                 defaults=((), "", "", "", (), ""))
 
 
 class UserError(Exception):
@@ -86,6 +87,11 @@ class Note(UserWarning):
     """Something to know about a kept sample, for sources.csv; never quotes the file."""
 
 
+def refuse(bad, reason):
+    if bad:
+        raise Refused(reason)
+
+
 def cli(main):
     """Run main(). What a user can cause ends as one line on stderr and exit code 1, without a traceback."""
     try:
@@ -102,7 +108,7 @@ def cli(main):
 
 @contextlib.contextmanager
 def atomic_write(path, mode=0o666):
-    """Yield a binary file that replaces `path` if the block ends well; makes folders. UserError if it cannot."""
+    """Yield a binary file that replaces `path` if the block ends well; UserError if it cannot."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -113,8 +119,8 @@ def atomic_write(path, mode=0o666):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); free some space or choose another "
-                        "folder") from error
+        why = error.strerror or error
+        raise UserError(f"cannot write {path} ({why}); free some space or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -125,7 +131,7 @@ def write_text(path, text, mode=0o666):
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
-# ---- pixels: everything becomes float32 in [0, 1], then (C, H, W, S) -----------------------------------------
+# ---- pixels: everything becomes float32 in [0, 1], then (C, H, W, S) ---------------------------------------
 def stretch(x, valid=...):
     """The 0.5 to 99.5 percentile of x (of its valid part) becomes [0, 1]."""
     low, high = np.percentile(x[valid], (0.5, 99.5)) if x[valid].size else (0, 1)
@@ -133,7 +139,7 @@ def stretch(x, valid=...):
 
 
 def resize(x, size, spacing=(1.0, 1.0)):
-    """Planes (S, C, H, W) -> (S, C, h, w), antialiased: longer side in mm to `size`, aspect kept (Sec. 3.4)."""
+    """Planes (S, C, H, W) -> (S, C, h, w), antialiased: longer side in mm to `size` (Sec. 3.4)."""
     sides = [length * mm for length, mm in zip(x.shape[-2:], spacing)]
     h, w = (max(1, round(side * size / max(sides))) for side in sides)
     return F.interpolate(x, (h, w), mode="bilinear", antialias=True)  # (S, C, h, w)
@@ -147,27 +153,24 @@ def pad(x, size):
 
 
 def frames_to_array(frames, colour, size, spacing):
-    """Frames (h, w[, 3]), float32 in [0, 1] or uint8 -> (3 if colour else 1, size, size, number of frames)."""
-    if min(frame.min() for frame in frames) == max(frame.max() for frame in frames):
-        raise Refused("blank, one value only")
+    """Frames (h, w[, 3]), float32 in [0, 1] or uint8 -> (3 if colour else 1, size, size, frames)."""
+    refuse(min(x.min() for x in frames) == max(x.max() for x in frames), "blank, one value only")
     planes = []
     for frame in frames:
         frame = frame.astype(np.float32) / 255 if frame.dtype == np.uint8 else frame
         frame = frame @ LUMA if frame.ndim == 3 and not colour else frame  # (h, w) or (h, w, 3)
         frame = np.ascontiguousarray(np.atleast_3d(frame).transpose(2, 0, 1))  # (1 or 3, h, w)
-        planes.append(pad(resize(torch.from_numpy(frame)[None], size, spacing), size))  # (1 or 3, size, size, 1)
+        planes.append(pad(resize(torch.from_numpy(frame)[None], size, spacing), size))  # (C, size, size, 1)
     return torch.cat(planes, dim=3).expand(3 if colour else 1, -1, -1, -1)  # (C, size, size, S)
 
 
 def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
     """Voxels (i, j, k) with a RAS+ affine in mm -> (1, size, size, slices), oriented as the file header says.
 
-    CT is clipped to HU_RANGE before any averaging, other volumes are stretched between percentiles at the end.
-    Output slices are made one by one: beside the source, only the result and a few slices are in memory.
+    CT is clipped to HU_RANGE before any averaging, other volumes are stretched by percentiles at the end.
     """
     axes = nib.io_orientation(affine)
-    if np.isnan(axes).any():
-        raise Refused("singular affine, the header gives no orientation")
+    refuse(np.isnan(axes).any(), "singular affine, the header gives no orientation")
     to_lps = nib.orientations.ornt_transform(axes, nib.orientations.axcodes2ornt("LPS"))
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(-to_lps[:, 0])]  # mm along S, H, W
     voxels = nib.apply_orientation(voxels, to_lps).T  # (S, H, W), a view
@@ -176,10 +179,10 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
         voxels = np.moveaxis(voxels, thin, 0)[:, ::-1 if thin else 1]  # (1, rows, columns)
         slices, spacing = 1, np.r_[spacing[thin], np.delete(spacing, thin)]
     low, high, background = (*HU_RANGE, HU_RANGE[0]) if modality == "ct" else (-np.inf, np.inf, 0.0)
-    eye = torch.eye(len(voxels))[None, None]  # antialiased: of many slices plain interpolation would skip some
+    eye = torch.eye(len(voxels))[None, None]  # antialiased: plain interpolation skips some of many slices
     weights = F.interpolate(eye, (slices, len(voxels)), mode="bilinear", antialias=True)[0, 0]  # (slices, S)
     planes, seen = [], []
-    for row in weights:  # (S,): an output slice is the weighted mean of a few neighbours
+    for row in weights:  # (S,): a weighted mean of a few slices, which are all that is in memory as floats
         first, last = row.nonzero()[[0, -1], 0].tolist()
         x = torch.from_numpy(np.ascontiguousarray(voxels[first:last + 1], np.float32))  # (few, H, W)
         x = x.mul_(slope).add_(intercept)  # HU for CT
@@ -188,17 +191,15 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
             x = x.where(x.isfinite(), torch.tensor(background))
         x = x.clamp_(low, high)
         seen += [x.min().item(), x.max().item()]
-        x = torch.tensordot(row[first:last + 1], x, dims=1)  # (H, W)
-        planes.append(resize(x[None, None], size, spacing[1:]))  # (1, 1, h, w)
-    if min(seen) == max(seen):
-        raise Refused("blank, no voxel has a value, or all the same")
+        planes.append(resize(torch.tensordot(row[first:last + 1], x, dims=1)[None, None], size, spacing[1:]))
+    refuse(min(seen) == max(seen), "blank, no voxel has a value, or all the same")
     x = torch.cat(planes)  # (slices, 1, h, w)
     x = (x - low) / (high - low) if modality == "ct" else torch.from_numpy(stretch(x.numpy()))
     return pad(x, size)  # (1, size, size, slices)
 
 
 def draw(items, k, seed):
-    """k of the items at random, in their order (Sec. 3.4); one pass, any length; too few are repeated evenly."""
+    """k of the items at random, in order (Sec. 3.4); one pass, any length; too few are repeated evenly."""
     kept, rng = [], random.Random(seed)
     for n, item in enumerate(items):
         slot = n if n < k else rng.randrange(n + 1)  # reservoir sampling: each item is equally likely
@@ -210,11 +211,11 @@ def draw(items, k, seed):
     return [kept[i * len(kept) // k][1] for i in range(k)]
 
 
-# ---- readers -------------------------------------------------------------------------------------------------
+# ---- readers -----------------------------------------------------------------------------------------------
 def image_frame(image):
     """An open Pillow image -> (h, w) or (h, w, 3), uint8, or float32 in [0, 1] if it is deeper."""
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 or 32 bit grey, clipped by convert("L"); how many bits are used is not told
+    if image.mode[0] in "IF":  # 16 or 32 bit grey; how many bits are used is not told
         x = np.asarray(image).astype(np.float32)
         finite = np.isfinite(x)
         if not finite.all():
@@ -227,11 +228,11 @@ def image_frame(image):
 
 
 def read_image(path, count=1, seed=0):
-    """PNG, JPEG, TIFF or GIF -> (frames, deeper than 8 bits?); several pages make `count` frames of a video."""
+    """PNG, JPEG, TIFF or GIF -> (frames, deeper than 8 bits?); several pages are a video: `count` of them."""
     image, frames = Image.open(path, formats=("PNG", "JPEG", "TIFF", "GIF")), {}
     size, deep = image.size, image.mode[0] in "IF"
     pages = [n for n, page in enumerate(ImageSequence.Iterator(image)) if page.size == size]  # no thumbnails
-    numbers = draw(pages, count, seed) if len(pages) > 1 and image.format != "MPO" else [0]  # an MPO is one photo
+    numbers = [0] if len(pages) == 1 or image.format == "MPO" else draw(pages, count, seed)  # MPO: one photo
     for n in numbers:
         image.seek(n)
         frames[n] = image_frame(image)
@@ -239,7 +240,7 @@ def read_image(path, count=1, seed=0):
 
 
 def read_video(source, count, seed):
-    """AVI, MP4, MOV ... (path or bytes) -> `count` frames (h, w, 3) uint8, in one decoding pass (Sec. 3.4)."""
+    """AVI, MP4, MOV ... (path or bytes) -> `count` frames (h, w, 3) uint8, in one decoding pass."""
     with iio.imopen(source, "r", plugin="pyav", options=VIDEO_OPTIONS, metadata_errors="ignore") as video:
         declared = video.properties(index=...).n_images
         if not declared:  # the container does not say: any frame may be the last
@@ -257,33 +258,34 @@ def read_video(source, count, seed):
 def read_nifti(path):
     """NIfTI-1 or 2, packed or not -> voxels (i, j, k), RAS+ affine in mm, slope, intercept."""
     data = Path(path).read_bytes()
-    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data  # checks length and CRC; nib.load does not
-    if data[344:347] != b"n+1" and data[4:7] != b"n+2":
-        raise Refused("not a NIfTI file (convert .hdr/.img pairs to .nii)")
-    image = (nib.Nifti2Image if data[4:7] == b"n+2" else nib.Nifti1Image).from_bytes(data)
+    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data  # checks the CRC, nib.load does not
+    second = data[4:7] == b"n+2"
+    refuse(not second and data[344:347] != b"n+1", "not a NIfTI file (convert .hdr/.img pairs to .nii)")
+    image = (nib.Nifti2Image if second else nib.Nifti1Image).from_bytes(data)
     shape, kind = image.shape, image.get_data_dtype()
-    if image.dataobj.offset < 348 or kind.kind not in "iuf" or not 2 <= len(shape) <= 4 or min(shape) < 1:
-        raise Refused(f"voxels of shape {shape} and type {kind} cannot be used")
+    usable = image.dataobj.offset >= 348 and kind.kind in "iuf" and 2 <= len(shape) <= 4 and min(shape) > 0
+    refuse(not usable, f"voxels of shape {shape} and type {kind} cannot be used")
     if shape[3:] not in ((), (1,)):
         warnings.warn("4D NIfTI: first volume kept", Note)
-    voxels = image.dataobj.get_unscaled().reshape(shape + (1,) * (4 - len(shape)), order="F")[..., 0]  # (i, j, k)
+    voxels = image.dataobj.get_unscaled()
+    voxels = voxels.reshape(shape + (1,) * (4 - len(shape)), order="F")[..., 0]  # (i, j, k)
     return voxels, image.affine, image.dataobj.slope, image.dataobj.inter
 
 
 # Coarse parts of the body by the defined terms of BodyPartExamined (PS3.16 annex L) and short forms of them.
 BODY_PARTS = {
-    "head": "HEAD BRAIN SKULL FACE ORBIT JAW MAXILLA NOSE EAR EYE IAC TMJ CEREBELLUM CIRCLEOFWILLIS ZYGOMA SINUS",
+    "head": "HEAD BRAIN SKULL FACE ORBIT JAW MAXILLA NOSE EAR EYE IAC TMJ CEREBELLUM CIRCLEOFWILLIS SINUS",
     "neck": "NECK LARYNX PHARYNX THYROID CAROTID PAROTID", "breast": "BREAST", "hip": "HIP", "elbow": "ELBOW",
     "chest": "CHEST LUNG MEDIASTINUM BRONCHUS TRACHEA RIB STERNUM ESOPHAGUS THORAX CHES CHST CXR CAP TAP",
-    "abdomen": "ABDOMEN LIVER KIDNEY PANCREAS SPLEEN STOMACH COLON GALLBLADDER ADRENAL BILEDUCT DUODENUM JEJUNUM "
-               "ILEUM ABD ABDO AB KUB CAP TAP", "heart": "HEART CORONARYARTERY AORTA CARDIAC",
-    "pelvis": "PELVIS BLADDER PROSTATE RECTUM UTERUS OVARY CERVIX VAGINA SCROTUM ILIUM COCCYX PELV PEL CAP TAP",
+    "abdomen": "ABDOMEN LIVER KIDNEY PANCREAS SPLEEN STOMACH COLON GALLBLADDER ADRENAL BILEDUCT DUODENUM "
+               "JEJUNUM ILEUM ABD ABDO AB KUB CAP TAP", "heart": "HEART CORONARYARTERY AORTA CARDIAC",
+    "pelvis": "PELVIS BLADDER PROSTATE RECTUM UTERUS OVARY CERVIX SCROTUM ILIUM COCCYX PELV PEL CAP TAP",
     "cspine": "CSPINE CTSPINE CERVICALSPINE CERVICAL", "tspine": "TSPINE TLSPINE THORACICSPINE",
     "lspine": "LSPINE LSSPINE SSPINE LUMBARSPINE LUMBOSACRAL", "spine": "SPINE BACK", "thigh": "FEMUR THIGH",
     "shoulder": "SHOULDER SCAPULA AXILLA CLAVICLE", "upper arm": "HUMERUS ARM", "wrist": "WRIST",
     "forearm": "RADIUS ULNA RADIUSULNA FOREARM", "hand": "HAND FINGER THUMB", "knee": "KNEE PATELLA",
     "lower leg": "LEG TIBIA TIBIAFIBULA CALF", "ankle": "ANKLE", "foot": "FOOT TOE CALCANEUS"}
-REGIONS = re.compile("HEAD|NECK|CHEST|CHES|CHST|THORAX|ABDOMEN|ABD|AB|PELVIS|PELV|PEL")  # in a row: CHESTABDPELVIS
+REGIONS = re.compile("HEAD|NECK|CHEST|CHES|CHST|THORAX|ABDOMEN|ABD|AB|PELVIS|PELV|PEL")  # CHESTABDPELVIS
 FILLERS = set("AND TO AP PA LAT LATERAL LEFT RIGHT PORT PORTABLE CT MR XR CTA WITHOUT WITH CONTRAST".split())
 
 
@@ -304,8 +306,7 @@ def open_dicom(path, **options):
     with open(path, "rb") as file:
         head = file.read(132)
     bare = head[128:] != b"DICM"
-    if bare and head[:2] not in (b"\x08\0", b"\2\0"):  # group 8 or 2, with which data sets begin
-        raise Refused(UNKNOWN_FILE)
+    refuse(bare and head[:2] not in (b"\x08\0", b"\2\0"), UNKNOWN_FILE)  # group 8 or 2, as data sets begin
     ds = pydicom.dcmread(path, force=bare, **options)
     if bare and "TransferSyntaxUID" not in ds.file_meta:
         ds.file_meta.TransferSyntaxUID = pydicom.uid.AllTransferSyntaxes[0 if ds.original_encoding[0] else 1]
@@ -313,7 +314,7 @@ def open_dicom(path, **options):
 
 
 def per_frame(ds, frame, sequence, tag, default=None):
-    """A value of one frame: its functional group, else the shared group, else the data set (PS3.3 C.7.6.16)."""
+    """A value of one frame: its functional group, else the shared one, else the data set (PS3.3 C.7.6.16)."""
     own = ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]
     for item in (*own, *ds.get("SharedFunctionalGroupsSequence", [])):
         for inner in item.get(sequence, []):
@@ -324,7 +325,7 @@ def per_frame(ds, frame, sequence, tag, default=None):
 
 
 def physical(ds, frame, stored):
-    """Stored values -> float32 in the unit of the file, HU for CT; and True where they are padding (C.7.5.1.1.2)."""
+    """Stored values -> float32 in the file's unit (HU), and where they are padding (PS3.3 C.7.5.1.1.2)."""
     ends = [ds.get(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     ends = [int(end) for end in ends if end not in (None, "")]
     outside = (stored >= min(ends)) & (stored <= max(ends)) if ends else np.zeros(stored.shape, bool)
@@ -332,20 +333,19 @@ def physical(ds, frame, stored):
         return apply_modality_lut(stored, ds).astype(np.float32), outside
     slope, intercept = (np.float32(per_frame(ds, frame, "PixelValueTransformationSequence", tag, default))
                         for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
-    if not np.isfinite(slope * intercept):
-        raise Refused("rescale is not finite")
+    refuse(not np.isfinite(slope * intercept), "rescale is not finite")
     return stored.astype(np.float32) * slope + intercept, outside
 
 
 def display_window(x, ds):
-    """x as displayed (PS3.3 C.11.2), in [0, 1]: two appended extremes come back as the window's black and white."""
-    x = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))
-    shown = apply_voi_lut(x.astype(np.int32) if ds.get("VOILUTSequence") else x, ds)
-    return (shown[:-2] - shown[-2]) / (shown[-1] - shown[-2])
+    """x as displayed (PS3.3 C.11.2), in [0, 1]: two appended extremes come back as black and white."""
+    padded = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))
+    shown = apply_voi_lut(padded.astype(np.int32) if ds.get("VOILUTSequence") else padded, ds)
+    return ((shown[:-2] - shown[-2]) / (shown[-1] - shown[-2])).reshape(x.shape)
 
 
 def dicom_frame(ds, frame, modality):
-    """One frame -> (h, w) or (h, w, 3) in [0, 1]: colour as RGB, CT by HU_RANGE, X-ray as displayed, MR stretched."""
+    """One frame -> (h, w[, 3]) in [0, 1]: colour as RGB, CT by HU_RANGE, X-ray as displayed, MR stretched."""
     stored, full = pixel_array(ds, index=frame), np.float32((1 << ds.BitsStored) - 1)
     if ds.PhotometricInterpretation == "PALETTE COLOR":
         stored, full = apply_color_lut(stored, ds), np.float32(65535)  # (h, w, 3)
@@ -357,7 +357,7 @@ def dicom_frame(ds, frame, modality):
         return np.where(outside, np.float32(0), x)
     width = np.atleast_1d(ds.get("WindowWidth") or 0)[0]  # some files hold an empty or a zero one
     windowed = ds.get("VOILUTSequence") or ds.get("WindowCenter") is not None and float(width) >= 1
-    shown = display_window(x, ds).reshape(x.shape) if modality == "xray" and windowed else np.zeros_like(x)
+    shown = display_window(x, ds) if modality == "xray" and windowed else np.zeros_like(x)
     if not outside.all() and np.ptp(shown[~outside]) > 0:  # a window that shows nothing is a wrong one
         x = shown
     elif modality != "mri" and ds.BitsStored <= 8 and not ds.PixelRepresentation:
@@ -371,24 +371,25 @@ def dicom_frame(ds, frame, modality):
 
 
 def read_dicom(path, modality, count, seed):
-    """A DICOM file -> one or `count` frames (h, w[, 3]) in [0, 1], deeper than 8 bits?, pixel (row, column) size."""
+    """A DICOM file -> one or `count` frames (h, w[, 3]) in [0, 1], deeper than 8 bits?, size of a pixel."""
     ds, spacing = open_dicom(path), (1.0, 1.0)  # of the size only the ratio counts, in whatever unit it is
-    if "PixelData" in ds and ds.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4.10"):  # MPEG ... HEVC
+    if "PixelData" in ds and ds.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4.10"):  # MPEG
         stream = b"".join(list(pydicom.encaps.generate_fragments(ds.PixelData))[1:])  # after the offset table
         return read_video(stream, count, seed), False, spacing
     for tag in ("PixelAspectRatio", "ImagerPixelSpacing", "PixelSpacing"):  # the last that is there counts
         values = np.array(per_frame(ds, 0, "PixelMeasuresSequence", tag, ()), float)
-        spacing = tuple(values) if values.shape == (2,) and 0 < values.min() <= values.max() < np.inf else spacing
+        if values.shape == (2,) and 0 < values.min() <= values.max() < np.inf:
+            spacing = tuple(values)
     frames = int(ds.get("NumberOfFrames") or 1)
     chosen = draw(range(frames), count, seed) if frames > 1 else [0]
     return [dicom_frame(ds, frame, modality) for frame in chosen], ds.BitsStored > 8, spacing
 
 
 def read_series(files, modality):
-    """A DICOM series, or one multi-frame file -> voxels (i, j, k) float32 in its unit, RAS+ affine in mm, > 8 bits?
+    """A DICOM series, or one multi-frame file -> voxels (i, j, k) float32, RAS+ affine in mm, 1, 0.
 
-    Slices are sorted by their position along the normal, never by name or number (PS3.3 C.7.6.2.1.1). Of copies one
-    is kept; two different slices at one place, or a gap, are refused: either would be a wrong anatomy.
+    Slices are sorted by their position along the normal, never by name or number (PS3.3 C.7.6.2.1.1). Of
+    copies one is kept; two different slices at one place, or a gap, are refused: a wrong anatomy.
     """
     planes, places, background = [], [], np.float32(HU_RANGE[0] if modality == "ct" else 0)
     for path in files:
@@ -399,10 +400,9 @@ def read_series(files, modality):
             raise Refused(f"slice {Path(path).name}: {type(error).__name__} {error}") from error
         for frame in range(len(stored)):
             place = [per_frame(ds, frame, sequence, tag) for sequence, tag in (
-                ("PlaneOrientationSequence", "ImageOrientationPatient"), ("PixelMeasuresSequence", "PixelSpacing"),
-                ("PlanePositionSequence", "ImagePositionPatient"))]
-            if None in place:
-                raise Refused("no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
+                ("PlaneOrientationSequence", "ImageOrientationPatient"),
+                ("PixelMeasuresSequence", "PixelSpacing"), ("PlanePositionSequence", "ImagePositionPatient"))]
+            refuse(None in place, "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
             x, outside = physical(ds, frame, stored[frame])
             x = -x if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else x
             planes.append(np.where(outside, background, x))
@@ -413,23 +413,23 @@ def read_series(files, modality):
     z = (corners @ np.cross(along_row, along_column)).round(2)  # (n,) mm along the normal
     z, order, which = np.unique(z, return_index=True, return_inverse=True)  # (k,), (k,), (n,)
     if len(order) < len(planes):
-        if any(not np.array_equal(plane, planes[order[at]]) for plane, at in zip(planes, which)):
-            raise Refused("two different slices at one position")
+        same = all(np.array_equal(plane, planes[order[at]]) for plane, at in zip(planes, which))
+        refuse(not same, "two different slices at one position")
         warnings.warn("duplicate slices dropped", Note)
-    if len(order) < MIN_SLICES or np.ptp(places[:, :8], axis=0).max() > 1e-2:
-        raise Refused(f"{len(order)} slices, a volume needs {MIN_SLICES} of one direction and spacing")
+    refuse(len(order) < MIN_SLICES or np.ptp(places[:, :8], axis=0).max() > 1e-2,
+           f"{len(order)} slices, a volume needs {MIN_SLICES} of one direction and spacing")
     gaps, usual = np.diff(z), np.median(np.diff(z))
     at = int(np.abs(gaps - usual).argmax())
-    if abs(gaps[at] - usual) > max(0.05 * usual, 0.1):
-        raise Refused(f"gap of {gaps[at]:.1f} mm after slice {at + 1} of {len(order)}, others {usual:.1f} mm")
+    refuse(abs(gaps[at] - usual) > max(0.05 * usual, 0.1),
+           f"gap of {gaps[at]:.1f} mm after slice {at + 1} of {len(order)}, others {usual:.1f} mm")
     affine = np.eye(4)  # between the first slice and the last, so that a tilted gantry stays as it is
     affine[:3, 2] = (corners[order[-1]] - corners[order[0]]) / (len(order) - 1)
-    affine[:3, [0, 1, 3]] = np.stack([along_row * column_mm, along_column * row_mm, corners[order[0]]], axis=1)
-    affine = np.diag([-1, -1, 1, 1]) @ affine  # DICOM counts to the left and back, RAS+ to the right and front
-    return np.stack([planes[i] for i in order]).transpose(2, 1, 0), affine, ds.BitsStored > 8  # (columns, rows, k)
+    affine[:3, [0, 1, 3]] = np.transpose([along_row * column_mm, along_column * row_mm, corners[order[0]]])
+    affine = np.diag([-1, -1, 1, 1]) @ affine  # DICOM counts to the left and back, RAS+ does not
+    return np.stack([planes[i] for i in order]).transpose(2, 1, 0), affine, 1.0, 0.0  # (columns, rows, k)
 
 
-# ---- one sample, decoded in a guarded child ------------------------------------------------------------------
+# ---- one sample, decoded in a guarded child ----------------------------------------------------------------
 def decode(job, source, size, slices, frames):
     """Read a job -> array (C, H, W, S), uint8 from 8-bit sources and float16 from deeper ones, and notes."""
     files = [os.path.join(source, path) for path in job.files]
@@ -437,12 +437,9 @@ def decode(job, source, size, slices, frames):
     seed, deep, spacing = int(job.id, 16), False, (1.0, 1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if job.kind == "nifti":
-            voxels, *geometry = read_nifti(files[0])
-            x, deep = volume_to_array(voxels, *geometry, job.modality, size, slices), voxels.itemsize > 1
-        elif job.kind == "series":
-            voxels, affine, deep = read_series(files, job.modality)
-            x = volume_to_array(voxels, affine, 1.0, 0.0, job.modality, size, slices)
+        if job.kind in ("nifti", "series"):
+            voxels, *where = read_nifti(files[0]) if job.kind == "nifti" else read_series(files, job.modality)
+            x, deep = volume_to_array(voxels, *where, job.modality, size, slices), voxels.itemsize > 1
         else:
             if job.kind == "image":
                 planes, deep = read_image(files[0], frames, seed)
@@ -473,12 +470,12 @@ def cache_sample(job, source, folder, recipe):
 
 
 def attempt(task, batch, pipe):
-    """In a child: task(item) of each item under an alarm and a memory limit; what it returns, or why not, goes back."""
+    """In a child: task(item) of each item, short of time and memory; its answer, or why none, goes back."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # decoders print what files say
     os.dup2(1, 2)
     for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # the default action ends a native hang as well
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")  # by torch: gigabytes
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")  # by torch
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     torch.set_num_threads(1)
     Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow warns from here, and refuses from twice as many
@@ -487,17 +484,17 @@ def attempt(task, batch, pipe):
         signal.alarm(SECONDS)
         try:
             answers.append(task(item))
-        except (UserError, Refused) as error:  # a UserError says that the cache cannot be written: no file's fault
+        except (UserError, Refused) as error:  # a UserError: the cache cannot be written
             answers.append(error)
-        except BaseException as error:  # decoders raise all there is, PanicException and KeyboardInterrupt included
+        except BaseException as error:  # decoders raise all there is, KeyboardInterrupt included
             answers.append(Refused(f"cannot be decoded: {type(error).__name__} {error}"))
     signal.alarm(0)
     pipe.send(answers)
 
 
 def guarded(task, batches, workers):
-    """Yield (item, task(item)), or (item, Refused). No file can end or hang the run: a batch whose child died is
-    tried again, each item alone, and only then refused. A UserError ends it."""
+    """Yield (item, task(item)), or (item, Refused). No file can end or hang the run: a batch whose child died
+    is tried again, each item alone, and only then refused. A UserError ends it."""
     fork, waiting, running = multiprocessing.get_context("fork"), deque(batches), {}
     try:
         while waiting or running:
@@ -514,11 +511,8 @@ def guarded(task, batches, workers):
                 except EOFError:  # it died; what it had finished lies in the cache and takes no time again
                     child.join()
                     cause = "timed out" if child.exitcode == -signal.SIGALRM else "decoder crashed"
-                    answers = [Refused(f"{cause} (exit code {child.exitcode})")]
-                    if len(batch) > 1:
-                        answers = []
-                        waiting.extendleft([item] for item in batch)
-                child.join()
+                    answers = [Refused(f"{cause} (exit code {child.exitcode})")] if len(batch) == 1 else []
+                    waiting.extendleft([item] for item in batch[len(answers):])
                 for item, answer in zip(batch, answers):
                     if isinstance(answer, UserError):
                         raise answer
@@ -526,10 +520,9 @@ def guarded(task, batches, workers):
     finally:
         for child, _ in running.values():
             child.kill()
-            child.join()
 
 
-# ---- sources: which files make samples (jobs), and (path, reason) of those left out --------------------------
+# ---- sources: which files make samples (jobs), and (path, reason) of those left out ------------------------
 def read_recipe(folder):
     """recipe.json of a cache, {} where there is none that can be read."""
     try:
@@ -542,28 +535,29 @@ def read_recipe(folder):
 def walk(source):
     """Relative paths of the regular files below `source`, sorted, and (path, reason) of everything else."""
     files, left_out = [], []
-    for root, folders, names in os.walk(source, onerror=lambda error: left_out.append((error.filename, str(error)))):
-        inside = set(folders)
-        folders.clear()
-        for name in sorted([*inside, *names]):
-            path, reason = os.path.join(root, name), ""
+
+    def unreadable(error):
+        left_out.append((error.filename, f"cannot be read: {error.strerror}"))
+
+    for root, folders, names in os.walk(source, onerror=unreadable):
+        found, inside = [(os.path.join(root, name), name) for name in sorted(folders + names)], set(folders)
+        folders.clear()  # os.walk goes down into those that are put back
+        for path, name in found:
             if name.startswith(".") or name == "__MACOSX":
-                reason = "hidden, not read"
+                left_out.append((path, "hidden, not read"))
             elif name in inside and (os.path.islink(path) or read_recipe(path)):
-                reason = "link to a folder, or a cache of this program, not read"
-            elif name not in inside and not (os.path.isfile(path) and os.path.getsize(path)):
-                reason = "empty, or not a regular file"
+                left_out.append((path, "link to a folder, or a cache of this program, not read"))
             elif name in inside:
-                folders.append(name)  # os.walk goes down into these
-            else:
+                folders.append(name)
+            elif os.path.isfile(path) and os.path.getsize(path):
                 files.append(os.path.relpath(path, source))
-            if reason:
-                left_out.append((os.path.relpath(path, source), reason))
-    return files, left_out
+            else:
+                left_out.append((path, "empty, or not a regular file"))
+    return files, [(os.path.relpath(path, source), reason) for path, reason in left_out]
 
 
 def read_csv(path, errors="replace"):
-    """Rows of a table with , or ; as dicts of stripped cells, and the number of their "line"; UserError if unusable."""
+    """Rows of a table with , or ; as dicts of stripped cells and their "line"; UserError if none."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; this table is needed")
     try:
@@ -579,27 +573,20 @@ def read_csv(path, errors="replace"):
 
 
 def read_labels(path):
-    """labels.csv -> {path: row}, with `labels` as a tuple; UserError naming the line and what is wrong with it."""
+    """labels.csv -> {path: row}, with `labels` as a tuple; UserError naming the line and what is wrong."""
     rows = {}
     for row in read_csv(path, errors="strict"):
-        where, name = f"{path}, line {row['line']}", os.path.normpath(row.get("path", ""))
         split, modality = row.get("split", ""), row.get("modality", "")
-        if not {"path", "labels"} <= row.keys():
-            raise UserError(f"{where}: needs the columns path and labels")
-        if name in rows:
-            raise UserError(f"{where}: {name} again; one row says it all")
-        if split and split.lower() not in SPLITS:
-            raise UserError(f"{where}: split {split!r} is none of train, val, test")
-        if modality and modality not in MODALITIES:
-            raise UserError(f"{where}: modality {modality!r} is none of {', '.join(MODALITIES)}")
+        name = os.path.normpath(row.get("path", ""))
+        wrong = ("needs the columns path and labels" if not {"path", "labels"} <= row.keys() else
+                 f"{name} again; one row says it all" if name in rows else
+                 f"split {split!r} is none of train, val, test" if split and split.lower() not in SPLITS else
+                 f"modality {modality!r} is not known" if modality not in ("", *MODALITIES) else "")
+        if wrong:
+            raise UserError(f"{path}, line {row['line']}: {wrong}")
         labels = tuple(label.strip() for label in row["labels"].split("|") if label.strip())
         rows[name] = row | {"labels": labels, "split": SPLITS.get(split.lower(), "")}
     return rows
-
-
-def kind_of(path):
-    """image, nifti or video by the file's name; everything else may be DICOM."""
-    return next((kind for kind, suffixes in SUFFIXES.items() if str(path).lower().endswith(suffixes)), "dicom")
 
 
 PASS_TAGS = ("EchoTime", "DiffusionBValue", "TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber",
@@ -609,64 +596,61 @@ PASS_TAGS = ("EchoTime", "DiffusionBValue", "TemporalPositionIdentifier", "Trigg
 def dicom_header(path):
     """What grouping and labelling need of one DICOM file, as plain types."""
     ds = open_dicom(path, stop_before_pixels=True)
-    if not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"):
-        raise Refused(f"no image ({pydicom.uid.UID(ds.get('SOPClassUID', '')).name})")
-    if ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1:
-        raise Refused("HighBit is not BitsStored - 1, which pydicom would read wrong")
+    refuse(not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"),
+           f"no image ({pydicom.uid.UID(ds.get('SOPClassUID', '')).name})")
+    refuse(ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1, "HighBit is not BitsStored - 1")
     head = {tag: str(ds.get(tag) or "") for tag in ("SeriesInstanceUID", "Modality", "PatientID", *PASS_TAGS)}
-    direction, head["place"] = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
+    direction, place = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
         "ImageOrientationPatient", "ImagePositionPatient"))  # + 0.0, since -0.0 is another text
-    head["stack"] = (head["PatientID"], head["SeriesInstanceUID"], int(ds.Rows), int(ds.Columns), direction)
-    head["frames"] = int(ds.get("NumberOfFrames") or 1)
-    head["parts"] = body_parts(*(ds.get(tag) for tag in (
-        "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription")))
     burned = ds.get("BurnedInAnnotation") or ("?" if head["Modality"] in ("US", "SC", "XA", "ES") else "NO")
-    return head | {"notes": () if burned == "NO" else (BURNED_IN,)}
+    texts = "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"
+    stack = head["PatientID"], head["SeriesInstanceUID"], int(ds.Rows), int(ds.Columns), direction
+    return head | {"stack": stack, "place": place, "frames": int(ds.get("NumberOfFrames") or 1),
+                   "parts": body_parts(*map(ds.get, texts)), "notes": () if burned == "NO" else (BURNED_IN,)}
 
 
 def one_pass(heads):
-    """Of slices that repeat places (echoes, b-values, phases): the most of one value of a tag, at most one a place."""
-    groups = defaultdict(list)  # (tag, value): slices
-    for head in heads:
+    """Of slices that repeat places (echoes, b-values, phases): the most of one value of a tag, one a place.
+
+    {path: header} -> the same of those to keep. Copies, and what no tag tells apart, are left to read_series.
+    """
+    groups = defaultdict(dict)  # (tag, value): slices
+    for path, head in heads.items():
         for tag in PASS_TAGS:
-            groups[tag, head[tag]].append(head)
-    groups = [group for group in groups.values() if len(group) < len(heads)]
-    places = [len({head["place"] for head in group}) for group in groups]
-    if len({head["place"] for head in heads}) == len(heads) or max(places, default=0) < MIN_SLICES:
-        return heads  # or copies, or not to be told apart: read_series decides
-    return one_pass(max(zip(places, groups), key=lambda pair: (pair[0], -len(pair[1])))[1])
+            groups[tag, head[tag]][path] = head
+    smaller = [(len({head["place"] for head in group.values()}), -len(group), group)
+               for group in groups.values() if len(group) < len(heads)]
+    places, _, best = max(smaller, key=lambda entry: entry[:2], default=(0, 0, {}))
+    repeated = len({head["place"] for head in heads.values()}) < len(heads)
+    return one_pass(best) if repeated and places >= MIN_SLICES else heads
 
 
 def dicom_jobs(heads, told, allow_2d):
-    """Headers {path: dicom_header} -> jobs of single images, multi-frame files and series, (path, reason) of others."""
-    jobs, left_out, stacks = [], [], defaultdict(list)  # (patient, series, rows, columns, direction): slices
+    """Headers {path: dicom_header} -> jobs: images, multi-frame files, series; (path, reason) of others."""
+    jobs, left_out, stacks = [], [], defaultdict(dict)  # {(patient, series ...): {path: job}}
     for path, head in heads.items():
         modality = told(path) or DICOM_MODALITIES.get(head["Modality"])
         job = Job([path], "dicom", modality, head["parts"], head["PatientID"], notes=head["notes"])
-        if modality not in VOLUMES:
-            jobs.append(job)
-        elif re.search("LOCALIZER|SCOUT", head["ImageType"]):
+        if modality in VOLUMES and re.search("LOCALIZER|SCOUT", head["ImageType"]):
             left_out.append((path, "localizer"))
-        elif head["frames"] > 1:
+        elif modality in VOLUMES and head["frames"] > 1:
             jobs.append(job._replace(kind="series"))
-        elif head["SeriesInstanceUID"]:
-            stacks[head["stack"]].append(head | {"path": path, "job": job})
-        elif allow_2d:
+        elif modality in VOLUMES:
+            stacks[head["stack"]][path] = job
+        else:
             jobs.append(job)
-        else:
-            left_out.append((path, "no SeriesInstanceUID (0020,000E)"))
     for stack, slices in stacks.items():
-        kept, reason = one_pass(slices), "another echo, b-value, phase or time of a kept series"
-        files = sorted(head["path"] for head in kept)
-        if len(kept) >= MIN_SLICES:
-            jobs.append(kept[0]["job"]._replace(files=files, kind="series", key=repr(stack)))
+        kept = sorted(one_pass({path: heads[path] for path in slices}))
+        if len(kept) >= MIN_SLICES and stack[1]:
+            jobs.append(slices[kept[0]]._replace(files=kept, kind="series", key=repr(stack)))
+            reason = "another echo, b-value, phase or time of a kept series"
+            left_out += [(path, reason) for path in slices if path not in set(kept)]
         elif allow_2d:
-            jobs += [head["job"] for head in slices]
+            jobs += slices.values()
         else:
-            files, reason = [], (f"{len(slices)} slices of this series, size and direction, a volume needs "
-                                 f"{MIN_SLICES} (--allow-2d keeps each as an image)")
-        if len(kept) >= MIN_SLICES or not allow_2d:
-            left_out += [(head["path"], reason) for head in slices if head["path"] not in set(files)]
+            reason = f"{len(slices)} slices of this series, size and direction, a volume needs {MIN_SLICES}"
+            reason = reason if stack[1] else "no SeriesInstanceUID (0020,000E)"
+            left_out += [(path, f"{reason} (--allow-2d keeps each as an image)") for path in slices]
     return jobs, left_out
 
 
@@ -675,22 +659,24 @@ def find_samples(source, files, told, allow_2d, workers):
 
     The modality of a job is None where neither the user nor a DICOM header gives it.
     """
-    jobs = [Job([path], kind_of(path), told(path)) for path in files if kind_of(path) != "dicom"]
-    paths = [path for path in files if kind_of(path) == "dicom"]
-    heads = dict.fromkeys(paths)  # keeps their order
+    kinds = {path: "".join(kind for kind, ends in SUFFIXES.items() if path.lower().endswith(ends))
+             for path in files}
+    jobs = [Job([path], kind, told(path)) for path, kind in kinds.items() if kind]
+    paths = [path for path, kind in kinds.items() if not kind]  # by its name anything else may be DICOM
     batches = [paths[i:i + 256] for i in range(0, len(paths), 256)]
-    answers = guarded(lambda path: dicom_header(os.path.join(source, path)), batches, workers)
-    heads.update(tqdm(answers, total=len(paths), unit="header", disable=len(paths) < 1000))
-    left_out = [(path, str(head)) for path, head in heads.items() if isinstance(head, Refused)]
-    found, others = dicom_jobs({path: head for path, head in heads.items() if isinstance(head, dict)}, told, allow_2d)
+    answers = dict(tqdm(guarded(lambda path: dicom_header(os.path.join(source, path)), batches, workers),
+                        total=len(paths), unit="header", disable=len(paths) < 1000))
+    left_out = [(path, str(answers[path])) for path in paths if isinstance(answers[path], Refused)]
+    heads = {path: answers[path] for path in paths if isinstance(answers[path], dict)}
+    found, others = dicom_jobs(heads, told, allow_2d)
     return jobs + found, left_out + others
 
 
 def folder(source, files, options):
-    """Any tree of files; labels.csv goes before DICOM headers. A row names a file, any file of a series, or a folder.
+    """Any tree of files; labels.csv goes before DICOM headers. A row names a file, any of a series, a folder.
 
-    `--labels folders`: the name of its folder is a file's label, as torchvision's ImageFolder has it; folders named
-    train, val, valid or test, above or below, are splits.
+    `--labels folders`: the name of its folder is a file's label, as torchvision's ImageFolder has it; folders
+    named train, val, valid or test, above or below, are splits.
     """
     by_folder, rows, jobs = options.labels == "folders", {}, []
     if options.labels and not by_folder:
@@ -700,8 +686,10 @@ def folder(source, files, options):
     def row_of(path):
         return rows.get(path) or rows.get(os.path.dirname(path) or ".") or {}
 
-    found, left_out = find_samples(source, files, lambda path: row_of(path).get("modality") or options.modality,
-                                   options.allow_2d, options.workers)
+    def told(path):
+        return row_of(path).get("modality") or options.modality
+
+    found, left_out = find_samples(source, files, told, options.allow_2d, options.workers)
     for job in found:
         row, names = next(filter(None, map(row_of, job.files)), {}), Path(job.files[0]).parent.parts
         labels, split = row.get("labels", job.labels), row.get("split", "")
@@ -712,28 +700,28 @@ def folder(source, files, options):
             jobs.append(job._replace(labels=labels, split=split, patient=row.get("patient") or job.patient))
         else:
             left_out += [(path, "modality unknown; give --modality") for path in job.files]
-    used = {row_of(path).get("line") for job in jobs for path in job.files}
+    used = {row_of(path).get("line") for job in found for path in job.files}
     unused = [row["line"] for row in rows.values() if row["line"] not in used]
     if unused:
-        print(f"warning: {len(unused)} rows of {options.labels} name no sample below {source} (line {unused[0]} ...)")
+        print(f"warning: {len(unused)} rows of {options.labels} name no sample (line {unused[0]} ...)")
     return jobs, left_out
 
 
-def named(files, pattern, needed=True):
-    """The paths whose file name matches; UserError if a needed one is absent."""
-    found = [path for path in files if re.fullmatch(pattern, os.path.basename(path))]
+def find_tables(folder, files, pattern, needed=True):
+    """The files below `folder` whose name matches; UserError if a needed one is absent."""
+    found = [os.path.join(folder, path) for path in files if re.fullmatch(pattern, os.path.basename(path))]
     if needed and not found:
-        raise UserError(f"no file named like {pattern} there; it belongs to the data set, download it too")
+        raise UserError(f"{folder}: no file named like {pattern}; it is part of the data set, download it")
     return found
 
 
-def read_all(files, pattern, needed=True):
-    return [row for path in named(files, pattern, needed) for row in read_csv(path)]
+def table(*where, **options):
+    return [row for path in find_tables(*where, **options) for row in read_csv(path)]
 
 
 def by_table(files, suffix, rows, job):
-    """job(path, row) of the files whose name, or stem, the table holds, once each; the others are left out."""
-    jobs, left_out = [], []
+    """job(path, row) of the files whose name or stem is the first cell of a row; the others are left out."""
+    rows, jobs, left_out = {list(row.values())[1]: row for row in rows}, [], []  # after its "line"
     for path in (path for path in files if path.lower().endswith(suffix)):
         row = rows.pop(os.path.basename(path), None) or rows.pop(Path(path).stem, None)
         if row:
@@ -745,21 +733,19 @@ def by_table(files, suffix, rows, job):
 
 def chestxray14(source, files, options):
     """images/*.png or images_001/images/*.png ...; labels by Data_Entry, split by the official lists."""
-    rows = {row["Image Index"]: row for row in read_csv(Path(source, named(files, r"Data_Entry_2017.*\.csv")[0]))}
-    train, test = (set(Path(source, named(files, name)[0]).read_text().split()) for name in (
-        "train_val_list.txt", "test_list.txt"))
+    rows = table(source, files, r"Data_Entry_2017.*\.csv")
+    split = {name: part for part, listed in (("train", r"train_val_list\.txt"), ("test", r"test_list\.txt"))
+             for path in find_tables(source, files, listed) for name in Path(path).read_text().split()}
 
     def job(path, row):
-        name, labels = row["Image Index"], row["Finding Labels"].split("|")
-        split = "train" if name in train else "test" if name in test else ""
-        return Job([path], "image", "xray", tuple(x for x in labels if x != "No Finding"), row["Patient ID"], split)
+        labels = tuple(label for label in row["Finding Labels"].split("|") if label != "No Finding")
+        return Job([path], "image", "xray", labels, row["Patient ID"], split.get(row["Image Index"], ""))
     return by_table(files, ".png", rows, job)
 
 
 def fetal_planes(source, files, options):
     """Images/*.png; plane and patient by FETAL_PLANES_DB_data.csv. The task queries all of them: test."""
-    rows = {row["Image_name"]: row for row in read_csv(Path(source, named(files, r"FETAL_PLANES_DB_data\.csv")[0]))}
-    return by_table(files, ".png", rows, lambda path, row: Job(
+    return by_table(files, ".png", table(source, files, r"FETAL_PLANES_DB_data\.csv"), lambda path, row: Job(
         [path], "image", "ultrasound", (row["Plane"],), row["Patient_num"], "test"))
 
 
@@ -768,7 +754,7 @@ def kvasir_capsule(source, files, options):
 
     DEVIATION: the paper reports 344 clips; its rule as written gives 261 on the 11 larger classes.
     """
-    frames, jobs, left_out = defaultdict(dict), [], []  # some frames are in two classes: the class is part of the key
+    frames, jobs, left_out = defaultdict(dict), [], []  # some frames are in two classes
     for path in files:
         name = re.fullmatch(r"([0-9a-f]{16})_(\d+)\.(jpg|png)", os.path.basename(path))
         if name:
@@ -782,26 +768,28 @@ def kvasir_capsule(source, files, options):
             if len(paths) >= MIN_RUN:
                 jobs.append(Job(paths, "clip", "endoscopy", (label,), video, "test"))
             else:
-                left_out += [(path, f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}") for path in paths]
+                reason = f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}"
+                left_out += [(path, reason) for path in paths]
     return jobs, left_out
 
 
-# DEVIATION: the paper's 13 categories come from a language model, unpublished; ours hold as many of its videos, 364.
+# DEVIATION: the paper's 13 categories come from a language model, unpublished; ours hold as many videos, 364.
 HYPER_KVASIR = {finding: category for category, findings in {
-    "polyps": "polyps", "dyed lifted polyps": "dyed lifted polyps", "dyed resection margins": "dyed resection margins",
-    "BBPS 0-1": "bbps 0-1", "BBPS 2-3": "bbps 2-3", "ulcer": "ulcer", "colitis": "colitis",
+    "polyps": "polyps", "dyed lifted polyps": "dyed lifted polyps", "BBPS 0-1": "bbps 0-1",
+    "BBPS 2-3": "bbps 2-3", "dyed resection margins": "dyed resection margins", "ulcer": "ulcer",
     "polypectomy": "snare resection/clip placement", "cancer": "cancer/cancer, colorectal",
     "anastomosis": "anastomosis/cavity of anastomotic leak", "stent": "self-expanding stent",
-    "landmark": "cecum/pylorus/retroflex stomach/z-line",
+    "colitis": "colitis", "landmark": "cecum/pylorus/retroflex stomach/z-line",
     "other pathology": "barrett's oesophagus/esophagitis/varices/gave/parasites/hemorrhoids"}.items()
     for finding in findings.split("/")}
 
 
 def hyper_kvasir(source, files, options):
     """labeled-videos/**/UUID.avi; category by Finding 1 of video-labels.csv, none where no category fits."""
-    rows = {row["Video file"]: row for row in read_csv(Path(source, named(files, r"video-labels\.csv")[0]))}
-    return by_table(files, SUFFIXES["video"], rows, lambda path, row: Job(
-        [path], "video", "endoscopy", tuple(filter(None, [HYPER_KVASIR.get(row["Finding 1"].lower())])), "", "test"))
+    def job(path, row):
+        category = HYPER_KVASIR.get(row["Finding 1"].lower())
+        return Job([path], "video", "endoscopy", (category,) if category else (), "", "test")
+    return by_table(files, SUFFIXES["video"], table(source, files, r"video-labels\.csv"), job)
 
 
 def ct_rate(source, files, options):
@@ -809,22 +797,21 @@ def ct_rate(source, files, options):
 
     The headers of *_fixed are true, elsewhere they are blank. RadGenome's task queries all of them: test.
     """
-    tables = [os.path.join(source, path) for path in files]
-    if options.labels:
-        tables += [os.path.join(options.labels, path) for path in walk(options.labels)[0]]
-    labels = chest_labels(tables, options.dataset)
-    absent = " ".join(Path(path).read_text() for path in named(tables, r"no_chest_\w+\.txt", needed=False))
+    beside = walk(options.labels)[0] if options.labels else []
+    place = source, [*files, *(os.path.abspath(os.path.join(options.labels, path)) for path in beside)]
+    labels = chest_labels(place, options.dataset)
+    lists = find_tables(*place, r"no_chest_\w+\.txt", needed=False)
+    absent = " ".join(Path(path).read_text() for path in lists)
     absent = {os.path.basename(name).removesuffix(".nii.gz") for name in absent.split()}
     jobs, left_out, seen = [], [], set()
-    found = [(re.fullmatch(r"(((train|valid)_\d+)_[a-z]+)_(\d+)\.nii\.gz", os.path.basename(path)), path) for path in files]
-    for match, path in sorted((pair for pair in found if pair[0]), key=lambda pair: (int(pair[0][4]), pair[1])):
-        scan, patient, split, number = match.groups()
+    names = [(re.fullmatch(r"(((train|valid)_\d+)_[a-z]+)_(\d+)\.nii\.gz", os.path.basename(path)), path)
+             for path in files]
+    for number, path, match in sorted((int(match[4]), path, match) for match, path in names if match):
+        scan, patient, split, _ = match.groups()
         if f"{split}_fixed" not in Path(source, path).absolute().parts:
             left_out.append((path, "not of train_fixed or valid_fixed, whose headers are true"))
-        elif f"{scan}_{number}" in absent:
-            left_out.append((path, "no chest CT (no_chest list)"))
-        elif scan in seen:
-            left_out.append((path, "another reconstruction of a kept scan"))
+        elif scan in seen or f"{scan}_{number}" in absent:
+            left_out.append((path, "no chest CT by its list, or another reconstruction of a kept scan"))
         else:
             seen.add(scan)
             split = "train" if split == "train" and options.dataset == "ct_rate" else "test"
@@ -832,20 +819,20 @@ def ct_rate(source, files, options):
     return jobs, left_out
 
 
-def chest_labels(tables, dataset):
+def chest_labels(place, dataset):
     """{volume: labels} by the tables of CT-RATE, finding:, and of RadGenome-ChestCT, status: and size:."""
-    labels, status = defaultdict(dict), {}  # {volume: {label: None}}, {(volume, region): abnormal?}
-    for row in read_all(tables, r"\w*predicted_labels\.csv", needed=dataset == "ct_rate"):
-        volume = row.pop("VolumeName").removesuffix(".nii.gz")
-        labels[volume] |= {f"finding:{name}": None for name, value in row.items() if name != "line" and float(value or 0)}
+    labels, status = defaultdict(dict), defaultdict(list)  # {volume: {label: None}}, {region: abnormal?}
+    for row in table(*place, r"\w*predicted_labels\.csv", needed=dataset == "ct_rate"):
+        volume, _ = row.pop("VolumeName").removesuffix(".nii.gz"), row.pop("line")
+        labels[volume] |= {f"finding:{name}": None for name, value in row.items() if float(value or 0)}
     if dataset == "ct_rate":
         return labels
-    for row in read_all(tables, r"(train|validation)_vqa_abnormality\.csv"):
+    for row in table(*place, r"(train|validation)_vqa_abnormality\.csv"):
         region = row["Volumename"].removesuffix(".nii.gz"), row["Anatomy"].split("/")[0]
-        status[region] = status.get(region, False) or row["Abnormality"].lower() != "no findings"
+        status[region].append(row["Abnormality"].lower() != "no findings")
     for (volume, region), abnormal in status.items():
-        labels[volume][f"status:{region}:{'abnormal' if abnormal else 'normal'}"] = None
-    for row in read_all(tables, r"(train|validation)_vqa_size\.csv"):
+        labels[volume][f"status:{region}:{'abnormal' if any(abnormal) else 'normal'}"] = None
+    for row in table(*place, r"(train|validation)_vqa_size\.csv"):
         size = re.match(r"[\d.]+(?:\s*[x-]\s*[\d.]+)*\s*(mm|cm)", row["Size"])  # "170 in" is an image number
         if size:
             mm = max(map(float, re.findall(r"\d+\.?\d*", size[0]))) * {"mm": 1, "cm": 10}[size[1]]
@@ -855,29 +842,28 @@ def chest_labels(tables, dataset):
 
 
 DATASETS = {"demo": folder, "folder": folder, "chestxray14": chestxray14, "fetal_planes": fetal_planes,
-            "kvasir_capsule": kvasir_capsule, "hyper_kvasir": hyper_kvasir, "ct_rate": ct_rate, "radgenome": ct_rate}
+            "kvasir_capsule": kvasir_capsule, "hyper_kvasir": hyper_kvasir,
+            "ct_rate": ct_rate, "radgenome": ct_rate}
 
 
-# ---- the cache -----------------------------------------------------------------------------------------------
+# ---- the cache ---------------------------------------------------------------------------------------------
 def pseudonym(key, text):
     """16 hex digits of HMAC-SHA256, "" of nothing."""
     return hmac.digest(key, os.fsencode(text), "sha256").hex()[:16] if text else ""
 
 
 def read_key(path):
-    """The bytes of a key file, made with random ones if it does not exist; the public key if none is named."""
-    if not path:
-        return PUBLIC_KEY
-    if not os.path.lexists(path):
+    """The bytes of a key file, made with random ones if it does not exist; else the public key."""
+    if path and not os.path.lexists(path):
         new = f"{path}.{secrets.token_hex(4)}"
         write_text(new, secrets.token_hex(32), 0o600)
         with contextlib.suppress(FileExistsError):  # runs that start together all take the key of the first
             os.link(new, path)
             print(f"made the new key {path}: keep it, and keep it apart from the cache")
         os.unlink(new)
-    key = Path(path).read_bytes().strip() if os.path.isfile(path) else b""
+    key = PUBLIC_KEY if not path else Path(path).read_bytes().strip() if os.path.isfile(path) else b""
     if len(key) < 16:
-        raise UserError(f"{path}: no file of at least 16 bytes; name one that does not exist to have a key made")
+        raise UserError(f"{path}: no file of at least 16 bytes; name one that does not exist to have it made")
     return key
 
 
@@ -888,42 +874,45 @@ def write_csv(path, header, rows, mode=0o666):
 
 
 def write_tables(folder, jobs, rejected):
-    """samples.csv of the arrays that are there, sources.csv and rejected.csv for their owner -> notes of the kept."""
+    """samples.csv of the arrays that are there, and what only their owner may see -> notes of the kept."""
     kept = [job for job in jobs if (folder / f"{job.id}.npy").exists()]
     shapes = ["x".join(map(str, load_array(folder / f"{job.id}.npy", mmap_mode="r").shape)) for job in kept]
     notes = [path.read_text() if path.exists() else "" for path in (folder / f"{job.id}.txt" for job in kept)]
     write_csv(folder / "samples.csv", "id modality labels patient split shape", [
-        (job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape) for job, shape in zip(kept, shapes)])
+        (job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape)
+        for job, shape in zip(kept, shapes)])
     write_csv(folder / "sources.csv", "id path notes", [
         (job.id, job.files[0], note) for job, note in zip(kept, notes)], 0o600)
     write_csv(folder / "rejected.csv", "path reason", rejected, 0o600)
     return notes
 
 
-def load_array(path, **options):
-    """An .npy file; UserError if it cannot be read."""
+def load_array(path, like=None, **options):
+    """An .npy file of a cache, of the shape `like` if that is given; UserError if it is not."""
     try:
-        return np.load(path, allow_pickle=False, **options)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: missing or damaged; delete it and run prepare.py again, as before") from error
+        array = np.load(path, allow_pickle=False, **options)
+    except (OSError, ValueError, EOFError):
+        array = np.empty(0)
+    if array.ndim != 4 or like not in (None, array.shape) or array.dtype not in (np.uint8, np.float16):
+        raise UserError(f"{path}: not the array of samples.csv; delete it and run prepare.py again")
+    return array
 
 
 def read_samples(folder):
-    """Rows of folder/samples.csv as dicts: id, modality, labels (tuple), patient, split, shape (4 ints), folder."""
-    path, rows = Path(folder, "samples.csv"), {}
+    """Rows of samples.csv as dicts: id, modality, labels (tuple), patient, split, shape (4 ints), folder."""
+    path, rows, line = Path(folder, "samples.csv"), {}, 1
     if not path.is_file():
         raise UserError(f"{path}: no such file; make the cache with prepare.py first")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        lines = csv.DictReader(file)
-        try:
-            for row in lines:
-                labels, shape = row["labels"].split("|"), tuple(map(int, row["shape"].split("x")))
-                if row["id"] in rows or not re.fullmatch("[0-9a-f]{16}", row["id"]) or [n > 0 for n in shape] != [True] * 4:
-                    raise ValueError
-                rows[row["id"]] = {"id": row["id"], "modality": row["modality"], "labels": tuple(filter(None, labels)),
-                                   "patient": row["patient"], "split": row["split"], "shape": shape, "folder": str(folder)}
-        except (KeyError, ValueError, AttributeError, TypeError, csv.Error) as error:
-            raise UserError(f"{path}, line {lines.line_num}: not as prepare.py wrote it; run it again") from error
+    try:
+        for line, row in enumerate(csv.DictReader(path.read_text("utf-8-sig").splitlines()), 2):
+            name, shape = row["id"], tuple(map(int, row["shape"].split("x")))
+            if not re.fullmatch("[0-9a-f]{16}", name) or name in rows or len(shape) != 4 or min(shape) < 1:
+                raise ValueError
+            labels = tuple(filter(None, row["labels"].split("|")))
+            rows[name] = {key: row[key] for key in ("id", "modality", "patient", "split")} | {
+                "labels": labels, "shape": shape, "folder": str(folder)}
+    except (KeyError, ValueError, AttributeError, TypeError, csv.Error) as error:
+        raise UserError(f"{path}, line {line}: not as prepare.py wrote it; run it again") from error
     if not rows:
         raise UserError(f"{path}: holds no samples; run prepare.py on a folder with images")
     return list(rows.values())
@@ -931,11 +920,7 @@ def read_samples(folder):
 
 def load_sample(folder, row):
     """The cached array (C, H, W, S), uint8 or float16, of a row of read_samples."""
-    path = Path(folder, f"{row['id']}.npy")
-    array = load_array(path)
-    if array.shape != tuple(row["shape"]) or array.dtype not in (np.uint8, np.float16):
-        raise UserError(f"{path}: not what samples.csv says; delete it and run prepare.py again, as before")
-    return array
+    return load_array(Path(folder, f"{row['id']}.npy"), tuple(row["shape"]))
 
 
 class CachedDataset(Dataset):
@@ -955,28 +940,29 @@ def sizes_of(folder):
     """The size, slices and frames that a cache was made with."""
     recipe = read_recipe(folder)
     if not recipe:
-        raise UserError(f"{Path(folder, 'recipe.json')}: missing or damaged; make the cache again with prepare.py")
+        raise UserError(f"{Path(folder, 'recipe.json')}: missing or damaged; make the cache again")
     return {name: recipe[name] for name in SIZES}
 
 
 def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
     """(modality, array (C, H, W, S)) of a file, any file of a series or a series folder, read as for a cache.
 
-    The modality is `modality`, else what a DICOM tag says, else `likely`, else what such files mostly are; a line on
-    stderr says what was taken where it was neither told nor tagged. UserError if it is not one readable sample.
+    The modality is `modality`, else what a DICOM tag says, else `likely`, else what such files mostly are; a
+    line on stderr says so where it was neither told nor tagged. UserError if it is not one readable sample.
     """
     path = Path(path).absolute()
-    source, files = (path, walk(path)[0]) if path.is_dir() else (path.parent, [path.name])
-    if not path.is_dir() and not path.is_file():
+    single, source = path.is_file(), path if path.is_dir() else path.parent
+    if not single and not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    jobs, left_out = find_samples(source, files, lambda path: modality, path.is_file(), 1)
-    if path.is_file() and [(job.kind, job.modality in VOLUMES) for job in jobs] == [("dicom", True)]:  # of a series?
-        siblings = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
-        jobs, _ = find_samples(source, siblings, lambda path: modality, True, 1)
+    files = [path.name] if single else walk(path)[0]
+    jobs, left_out = find_samples(source, files, lambda _: modality, single, 1)
+    if single and jobs and jobs[0].kind == "dicom" and jobs[0].modality in VOLUMES:  # of which series?
+        files = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
+        jobs, _ = find_samples(source, files, lambda _: modality, True, 1)
         jobs = [job for job in jobs if path.name in job.files]
     if len(jobs) != 1:
-        some = ", ".join(job.files[0] for job in jobs[:9])
-        reason = f"holds {len(jobs)} samples, name one of them: {some}" if jobs else [*left_out, ("", "is empty")][0][1]
+        some = "".join(f", {job.files[0]}" for job in jobs[:9])
+        reason = left_out[0][1] if left_out and not jobs else f"holds {len(jobs)} samples; name one{some}"
         raise UserError(f"{path}: {reason}")
     told = jobs[0].modality or likely or {"video": "endoscopy", "nifti": "ct"}.get(jobs[0].kind, "xray")
     if not jobs[0].modality:
@@ -988,55 +974,54 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
     return told, answer[0]
 
 
-# ---- command line --------------------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------------------
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("dataset", choices=DATASETS)
-    add("source", nargs="?", help="folder that holds the data (demo: where to write them, default ./demo)")
+    add("source", nargs="?", help="folder that holds the data (demo: where to write them, default demo)")
     add("--out", default="cache", help="folder of the caches (default cache)")
     add("--name", help="name of this cache (default: the data set's)")
-    add("--modality", choices=MODALITIES, help="folder: what the files are; DICOM says it itself, others do not")
-    add("--labels", help="folder: a table of path (from SOURCE on), labels (joined by |), if wanted patient, split, "
-        "modality; or the word folders: a file's folder is its label. ct_rate, radgenome: folder of the tables")
+    add("--modality", choices=MODALITIES, help="folder: what the files are, where DICOM does not say it")
+    add("--labels", help="folder: a table of path (from SOURCE on), labels (joined by |), if wanted patient, "
+        "split, modality; or the word folders: the folder is the label. ct_rate, radgenome: folder of tables")
     add("--key-file", help="secret key of the ids, made if absent; give one for patients' data")
     add("--allow-2d", action="store_true", help="keep single CT and MR slices as images")
-    for name, what in (("size", "longer side in pixels"), ("slices", "of a volume"), ("frames", "kept of a video")):
+    for name, what in (("size", "longer side, pixels"), ("slices", "of a volume"), ("frames", "of a video")):
         add(f"--{name}", type=int, help=f"{what} (default {SIZES[name]}, demo {DEMO_SIZES[name]})")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
-    add("--shard", default="", help="i/n: make part i of n only; after the last, one run without it writes the tables")
+    add("--shard", default="", help="i/n: make part i of n only; after the last, run once without it")
+    parser.set_defaults(**(DEMO_SIZES if parser.parse_known_args()[0].dataset == "demo" else SIZES))
     options = parser.parse_args()
-    defaults = DEMO_SIZES if options.dataset == "demo" else SIZES
-    options.sizes = {name: default if getattr(options, name) is None else getattr(options, name)
-                     for name, default in defaults.items()}
-    options.name = options.name or options.dataset
-    if min(options.workers, *options.sizes.values()) < 1 or options.name != os.path.basename(options.name).lstrip("."):
-        parser.error("sizes and workers are at least 1, and --name is a plain name (--out says where)")
-    part, _, parts = (options.shard or "0/1").partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) <= int(parts) != 0):
-        parser.error("--shard is i/n, with i from 0 or 1 on")
-    options.part, options.parts = int(part) % int(parts), int(parts)
-    return options
+    name, part = options.name or options.dataset, re.fullmatch(r"(\d+)/(\d+)", options.shard or "0/1")
+    if min(options.size, options.slices, options.frames, options.workers) < 1:
+        parser.error("sizes and workers are at least 1")
+    if name != os.path.basename(name) or name.startswith("."):
+        parser.error("--name is a plain name; --out says where its folder lies")
+    if not part or not int(part[1]) <= int(part[2]) != 0:
+        parser.error("--shard is i/n, counted from 0 or from 1")
+    return options, Path(options.out, name), slice(int(part[1]) % int(part[2]), None, int(part[2]))
 
 
 def main():
-    options = parse_arguments()
+    options, target, part = parse_arguments()
     tqdm.monitor_interval = 0  # no thread beside the forks
-    demo, target = options.dataset == "demo", Path(options.out, options.name)
+    sizes, demo = {name: getattr(options, name) for name in SIZES}, options.dataset == "demo"
     source = options.source or ("demo" if demo else "SOURCE")
     if demo:  # phantoms, written as real files and then read like any others
-        print("prepare.py demo", *(f"--{name} {value}" for name, value in options.sizes.items()))
+        print("prepare.py demo", *(f"--{name} {value}" for name, value in sizes.items()))
         options.labels = os.path.join(source, "labels.csv")
         if not os.path.exists(options.labels):
-            from tests.phantoms import write_demo  # the tests' own files: nothing but the demo needs them here
+            from tests.phantoms import write_demo  # the tests' own files, which only the demo needs
             write_demo(Path(source))
     if not os.path.isdir(source):
         raise UserError(f"{source}: no such folder; give the folder that holds the data")
     key, made = read_key(options.key_file), read_recipe(target)
-    recipe = options.sizes | {"version": VERSION, "dataset": options.dataset, "key": pseudonym(key, "which key"),
-                              "source": pseudonym(key, os.path.realpath(source))}
-    differs = [f"another {name}" if name in ("key", "source") else f"{name} {made.get(name)}"
-               for name in recipe if made.get(name) != recipe[name]]
+    recipe = sizes | {"version": VERSION, "dataset": options.dataset, "another key": pseudonym(key, "key"),
+                      "another source": pseudonym(key, os.path.realpath(source))}
+    differs = [name for name in recipe if made.get(name) != recipe[name]]
+    differs = [name if name.startswith("another") else f"{name} {made.get(name)}" for name in differs]
     if differs and (target / "recipe.json").exists():
         raise UserError(f"{target} was made with {', '.join(differs)}; give the same, or another --name")
     files, left_out = walk(source)
@@ -1048,39 +1033,35 @@ def main():
     if not jobs and not left_out:
         raise UserError(f"{source}: holds no files of {options.dataset}; give the folder that holds the data")
     if options.dataset == "folder" and not options.key_file:
-        print("note: ids are made with the public key, so that anyone can test a guess; patients' data need --key-file")
+        print("note: ids are made with a public key: anyone can test a guess; patients' data need --key-file")
     jobs = [job._replace(id=pseudonym(key, job.key or job.files[0]), patient=pseudonym(key, job.patient))
             for job in jobs]
     jobs.sort(key=lambda job: job.id)
-    mine = jobs[options.part::options.parts]
     with contextlib.suppress(UserError):  # no table yet
         old = {row["id"]: row["modality"] for row in read_samples(target)}
-        for job in mine:
+        for job in jobs[part]:
             if old.get(job.id, job.modality) != job.modality:  # it was windowed as another modality
                 (target / f"{job.id}.npy").unlink(missing_ok=True)
-    todo = [job for job in mine if not (target / f"{job.id}.npy").exists()]
+    todo = [job for job in jobs[part] if not (target / f"{job.id}.npy").exists()]
     small = [job for job in todo if job.kind in ("image", "dicom")]  # a fork costs as much as one of these
-    batches = [small[i:i + 32] for i in range(0, len(small), 32)]
-    batches += [[job] for job in todo if job.kind not in ("image", "dicom")]
+    batches = [small[i:i + 32] for i in range(0, len(small), 32)] + [
+        [job] for job in todo if job.kind not in ("image", "dicom")]
     answers = guarded(lambda job: cache_sample(job, source, target, recipe), batches, options.workers)
     for job, answer in tqdm(answers, total=len(todo), unit="sample", desc=target.name, disable=not todo):
-        if answer:
-            left_out += [(path, str(answer)) for path in job.files]
+        left_out += [(path, str(answer)) for path in job.files if answer]
     if options.shard:
         print(f"{target}: part {options.shard} is made; after the last part, run once without --shard")
         return
     rejected = sorted(set(left_out))
     notes = write_tables(target, jobs, rejected)
-    burned, noted = sum(BURNED_IN in note for note in notes), sum(map(bool, notes))
-    if burned:
-        print(f"warning: {burned} samples of DICOM files: each {BURNED_IN}")
-    print(f"{target}: {len(notes)} samples, {noted} with notes (sources.csv); {len(rejected)} files left out "
-          "(rejected.csv)")
-    if not notes:
-        reasons = [reason.partition(":")[0] for _, reason in rejected]
-        reasons = [reason for reason in reasons if reason != UNKNOWN_FILE] or reasons
-        raise UserError(f"nothing in {source} could be read (mostly: {Counter(reasons).most_common(1)[0][0]}); see "
-                        f"{target / 'rejected.csv'}")
+    if any(BURNED_IN in note for note in notes):
+        print(f"warning: {sum(BURNED_IN in note for note in notes)} samples of DICOM files: each {BURNED_IN}")
+    print(f"{target}: {len(notes)} samples, {sum(map(bool, notes))} with notes (sources.csv); "
+          f"{len(rejected)} files left out (rejected.csv)")
+    if not notes:  # the commonest reason, if possible of files of a known kind; without what a file says
+        reasons = Counter(reason.partition(":")[0] for _, reason in rejected)
+        reason = max(reasons, key=lambda reason: (reason != UNKNOWN_FILE, reasons[reason]))
+        raise UserError(f"nothing in {source} could be read (mostly: {reason}); see {target}/rejected.csv")
 
 
 if __name__ == "__main__":
