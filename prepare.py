@@ -71,14 +71,6 @@ class UserError(Exception):
     """What a user can cause and mend: one line naming the file and the remedy."""
 
 
-def cli(main):
-    """Run a script: what a user can cause is one line on standard error, exit code 1."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[-1].removeprefix('prepare.UserError: ')}")
-
-
 class Refused(Exception):
     """Why one file is left out. What follows the first colon may quote the file: for rejected.csv only."""
 
