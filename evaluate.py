@@ -22,7 +22,7 @@ from prepare import UserError, atomic_write, cli, load_sample, read_samples
 
 BLOCK = 512  # queries whose scores against the whole gallery are in memory at once
 LIST, CUTS = 10, (1, 5, 10)  # the list that MnR and MdR look at, the K of R@K
-METRICS = ("R@1", "R@5", "R@10", "MnR", "MdR")
+METRICS = ("R@1", "R@5", "R@10", "MnR", "MdR", "P@10")  # the paper has the first five
 PROBE_METRICS = ("F1", "precision", "accuracy", "AUROC")
 L2 = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)  # CHOICE: the paper names no regularisation of its probe
 PAPER = {  # M3Ret (MAE), M3Ret (SimDINO): Tables 1, 2, 3 as METRICS, Table 7 as PROBE_METRICS
@@ -76,10 +76,9 @@ def list_ranks(hit):
 
 def chance_of_hit(relevant, candidates, k):
     """Chance that k candidates drawn at random hold a relevant one (hypergeometric): (m,), (m,) -> (m,)."""
-    miss = np.ones(len(relevant))
-    for i in range(k):  # ... and draw i misses too
-        miss *= np.clip(candidates - relevant - i, 0, None) / np.maximum(candidates - i, 1)
-    return np.where(relevant > 0, 1 - miss, 0.0)
+    draws = np.arange(k)[:, None]  # (k, 1), and each of them misses
+    misses = np.clip(candidates - relevant - draws, 0, None) / np.maximum(candidates - draws, 1)  # (k, m)
+    return np.where(relevant > 0, 1 - misses.prod(axis=0), 0.0)
 
 
 def measure(queries, gallery, asked, offered, same=(), relevance="any"):
@@ -112,6 +111,7 @@ def measure(queries, gallery, asked, offered, same=(), relevance="any"):
                        "candidates": len(g) - out.sum(dim=1), "first": 1 + (scores > best).sum(dim=1)})
     found = {key: torch.cat([block[key] for block in blocks]).numpy() for key in blocks[0]}
     found["MnR"], found["MdR"] = list_ranks(found["hit"])
+    found["P@10"] = found["hit"].mean(axis=1)  # share of the list that is relevant
     return found | {f"R@{k}": found["hit"][:, :k].any(axis=1) for k in CUTS}
 
 
@@ -124,7 +124,7 @@ def bootstrap(values, draws=1000, seed=0):
 
 def summarise(found):
     """What `measure` found -> a result's numbers; first-hit ranks over the queries that have an answer."""
-    values = np.stack([found[name] for name in METRICS], axis=1).astype(float)  # (m, 5)
+    values = np.stack([found[name] for name in METRICS], axis=1).astype(float)  # (m, 6)
     first, cuts = found["first"][found["relevant"] > 0], [f"R@{k}" for k in CUTS]
     chance = [chance_of_hit(found["relevant"], found["candidates"], k).mean() for k in CUTS]
     return {"queries": len(values), "without_relevant": len(values) - len(first),
@@ -212,27 +212,28 @@ def about(model, meta, how, queries):
             "pool": how or meta.get("pool"), "seen_in_pretraining": seen}
 
 
-def retrieve(setting, asking, offering, exclude_same, figure=None):
-    """Rank the candidates (n, D) of a setting for its queries (m, D) -> the numbers of a result."""
-    name, queries, candidates, family, relevance = setting
-    same = [[[f"{os.path.realpath(row['folder'])} {row['id']}" for row in side] for side in setting[1:3]]]
+def retrieve(setting, asking, offering, exclude_same):
+    """Rank the candidates (n, D) of a setting for its queries (m, D) -> what `measure` finds."""
+    name, *sides, family, relevance = setting
+    same = [[[f"{os.path.realpath(row['folder'])} {row['id']}" for row in side] for side in sides]]
     if exclude_same:
-        same.append([[row["patient"] for row in side] for side in setting[1:3]])
+        same.append([[row["patient"] for row in side] for side in sides])
         if not all(map(any, same[1])):
             raise UserError(f"{name}: --exclude-same patient, but there are no patient ids in samples.csv")
-    labels = [[labels_of(row, family) for row in side] for side in setting[1:3]]
-    found = measure(asking, offering, *labels, same, relevance)
-    if figure:  # random queries with their top 3, framed green if right, red if wrong (Fig. 5)
-        tiles = []
-        for i in np.random.default_rng(0).permutation(len(queries))[:4]:
-            shown = [(queries[i], f"query: {name}", (90, 90, 90))]
-            for j, hit in list(zip(found["top"][i], found["hit"][i]))[:min(3, found["candidates"][i])]:
-                shown.append((candidates[j], *(("right", (0, 150, 60)) if hit else ("wrong", (200, 30, 30)))))
-            tiles.append([picture(load_sample(r["folder"], r), "\n".join([head, *labels_of(r, family)]), hue)
-                          for r, head, hue in shown])
-        save_montage(figure, tiles)
-    return {"name": name, "gallery": len(candidates), **summarise(found), "relevance": relevance,
-            "exclude_same": exclude_same or ""}
+    labels = [[labels_of(row, family) for row in side] for side in sides]
+    return measure(asking, offering, *labels, same, relevance)
+
+
+def drawn(setting, found, count):
+    """Random queries (seed 0) with their top 3, framed green if right, red if wrong -> tiles (Fig. 5)."""
+    name, queries, candidates, family, _ = setting
+    marks = {True: ("right", (0, 150, 60)), False: ("wrong", (200, 30, 30))}
+
+    def tile(row, head, *colour):
+        return picture(load_sample(row["folder"], row), "\n".join([head, *labels_of(row, family)]), *colour)
+    return [[tile(queries[i], f"query: {name}")] + [
+        tile(candidates[j], *marks[hit]) for j, hit in zip(found["top"][i, :3], found["hit"][i, :3].tolist())]
+        for i in np.random.default_rng(0).permutation(len(queries))[:count]]
 
 
 def stacked(rows, vectors, meta, how):
@@ -263,12 +264,19 @@ def run_task(args):
         settings = settings_of(args.task, rows_of(args))
         rows = sum((queries + candidates for _, queries, candidates, *_ in settings), [])
         models = [(name, *embeddings_of(rows, *rest)) for name, *rest in models_of(args)]
-    results = []
+    results, lines = [], []
+    within = [setting for setting in settings if " -> " not in setting[0]] or settings
     for (name, vectors, meta), how, setting in itertools.product(models, args.pool, settings):
         x, y = (stacked(rows, vectors, meta, how) for rows in setting[1:3])  # (m, D), (n, D)
-        found = retrieve(setting, x, y, args.exclude_same, None if results else args.figure)
-        results.append({"task": args.task or "embeddings", **found, **about(name, meta, how, setting[1]),
-                        "paper": None if args.task == "demo" else PAPER.get(found["name"])})
+        found = retrieve(setting, x, y, args.exclude_same)
+        if args.figure and setting in within and len(results) < len(settings):  # of the first model
+            lines += drawn(setting, found, 4 if len(within) == 1 else 1)
+        results.append({"task": args.task or "embeddings", "name": setting[0], "gallery": len(setting[2]),
+                        **summarise(found), "relevance": setting[4], "exclude_same": args.exclude_same or "",
+                        "paper": None if args.task == "demo" else PAPER.get(setting[0]),
+                        **about(name, meta, how, setting[1])})
+    if lines:
+        save_montage(args.figure, lines)
     return results
 
 
