@@ -173,19 +173,18 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
     low, high, background = (*HU_RANGE, HU_RANGE[0]) if modality == "ct" else (-np.inf, np.inf, 0.0)
     eye = torch.eye(len(voxels))[None, None]  # antialiased: plain interpolation skips some of many slices
     weights = F.interpolate(eye, (slices, len(voxels)), mode="bilinear", antialias=True)[0, 0]  # (slices, S)
-    planes, seen = [], []
+    planes = []
     for row in weights:  # (S,): a weighted mean of a few slices, which are all that is in memory as floats
         first, last = row.nonzero()[[0, -1], 0].tolist()
         x = torch.from_numpy(np.ascontiguousarray(voxels[first:last + 1], np.float32))  # (few, H, W)
         x = x.mul_(slope).add_(intercept)  # HU for CT
-        if voxels.dtype.kind == "f" and not x.isfinite().all():
+        if voxels.dtype.kind == "f" and not x.sum().isfinite():
             warnings.warn("NaN or infinite voxels set to the background", Note)
             x = x.where(x.isfinite(), torch.tensor(background))
-        x = x.clamp_(low, high)
-        seen += [x.min().item(), x.max().item()]
-        planes.append(resize(torch.tensordot(row[first:last + 1], x, dims=1)[None, None], size, spacing[1:]))
-    refuse(min(seen) == max(seen), "blank, no voxel has a value, or all the same")
+        x = torch.tensordot(row[first:last + 1], x.clamp_(low, high), dims=1)  # (H, W)
+        planes.append(resize(x[None, None], size, spacing[1:]))  # (1, 1, h, w)
     x = torch.cat(planes)  # (slices, 1, h, w)
+    refuse(x.max() - x.min() <= 1e-5 * x.abs().max(), "blank, no voxel has a value, or all the same")
     x = (x - low) / (high - low) if modality == "ct" else torch.from_numpy(stretch(x.numpy()))
     return pad(x, size)  # (1, size, size, slices)
 
@@ -259,9 +258,8 @@ def read_nifti(path):
     refuse(not usable, f"voxels of shape {shape} and type {kind} cannot be used")
     if shape[3:] not in ((), (1,)):
         warnings.warn("4D NIfTI: first volume kept", Note)
-    voxels = image.dataobj.get_unscaled()
-    voxels = voxels.reshape(shape + (1,) * (4 - len(shape)), order="F")[..., 0]  # (i, j, k)
-    return voxels, image.affine, image.dataobj.slope, image.dataobj.inter
+    voxels = np.ndarray(shape + (1,) * (4 - len(shape)), kind, data, int(image.dataobj.offset), order="F")
+    return voxels[..., 0], image.affine, image.dataobj.slope, image.dataobj.inter
 
 
 # Coarse parts of the body by the defined terms of BodyPartExamined (PS3.16 annex L) and short forms of them.
@@ -316,17 +314,19 @@ def per_frame(ds, frame, sequence, tag, default=None):
     return default if value is None or value == "" else value
 
 
-def physical(ds, frame, stored):
-    """Stored values -> float32 in the file's unit (HU), and where they are padding (PS3.3 C.7.5.1.1.2)."""
+def rescale(ds, frame):
+    """(slope, intercept) from stored values to the unit of the file, HU for CT."""
+    pair = tuple(np.float32(per_frame(ds, frame, "PixelValueTransformationSequence", tag, default))
+                 for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+    refuse(not np.isfinite(pair).all(), "rescale is not finite")
+    return pair
+
+
+def is_padding(ds, stored):
+    """True where a stored value lies in the padding outside the image (PS3.3 C.7.5.1.1.2)."""
     ends = [ds.get(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     ends = [int(end) for end in ends if end not in (None, "")]
-    outside = (stored >= min(ends)) & (stored <= max(ends)) if ends else np.zeros(stored.shape, bool)
-    if ds.get("ModalityLUTSequence"):
-        return apply_modality_lut(stored, ds).astype(np.float32), outside
-    slope, intercept = (np.float32(per_frame(ds, frame, "PixelValueTransformationSequence", tag, default))
-                        for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
-    refuse(not np.isfinite(slope * intercept), "rescale is not finite")
-    return stored.astype(np.float32) * slope + intercept, outside
+    return (stored >= min(ends)) & (stored <= max(ends)) if ends else np.zeros(stored.shape, bool)
 
 
 def display_window(x, ds):
@@ -343,7 +343,10 @@ def dicom_frame(ds, frame, modality):
         stored, full = apply_color_lut(stored, ds), np.float32(65535)  # (h, w, 3)
     if stored.ndim == 3:
         return stored / full
-    x, outside = physical(ds, frame, stored)
+    outside, (slope, intercept) = is_padding(ds, stored), rescale(ds, frame)
+    x = stored.astype(np.float32) * slope + intercept
+    if ds.get("ModalityLUTSequence"):
+        x = apply_modality_lut(stored, ds).astype(np.float32)
     if modality == "ct":
         x = (np.clip(x, *HU_RANGE) - HU_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0])
         return np.where(outside, np.float32(0), x)
@@ -378,12 +381,12 @@ def read_dicom(path, modality, count, seed):
 
 
 def read_series(files, modality):
-    """A DICOM series, or one multi-frame file -> voxels (i, j, k) float32, RAS+ affine in mm, 1, 0.
+    """A DICOM series, or one multi-frame file -> voxels (i, j, k), RAS+ affine in mm, slope, intercept.
 
     Slices are sorted by their position along the normal, never by name or number (PS3.3 C.7.6.2.1.1). Of
     copies one is kept; two different slices at one place, or a gap, are refused: a wrong anatomy.
     """
-    planes, places, background = [], [], np.float32(HU_RANGE[0] if modality == "ct" else 0)
+    planes, places, scales = [], [], []
     for path in files:
         try:
             ds = open_dicom(path)
@@ -395,9 +398,12 @@ def read_series(files, modality):
                 ("PlaneOrientationSequence", "ImageOrientationPatient"),
                 ("PixelMeasuresSequence", "PixelSpacing"), ("PlanePositionSequence", "ImagePositionPatient"))]
             refuse(None in place, "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
-            x, outside = physical(ds, frame, stored[frame])
-            x = -x if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else x
-            planes.append(np.where(outside, background, x))
+            plane, outside = stored[frame], is_padding(ds, stored[frame])
+            if outside.any() and not outside.all():
+                plane = np.where(outside, min(plane[~outside].min(), np.array(0, plane.dtype)), plane)
+            sign = -1 if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else 1
+            planes.append(plane)
+            scales.append(tuple(sign * number for number in rescale(ds, frame)))
             places.append([float(value) for values in place for value in values])
     places = np.array(places)  # (n, 6 + 2 + 3)
     along_row, along_column, (row_mm, column_mm) = places[0, :3], places[0, 3:6], places[0, 6:8]
@@ -418,7 +424,10 @@ def read_series(files, modality):
     affine[:3, 2] = (corners[order[-1]] - corners[order[0]]) / (len(order) - 1)
     affine[:3, [0, 1, 3]] = np.transpose([along_row * column_mm, along_column * row_mm, corners[order[0]]])
     affine = np.diag([-1, -1, 1, 1]) @ affine  # DICOM counts to the left and back, RAS+ does not
-    return np.stack([planes[i] for i in order]).transpose(2, 1, 0), affine, 1.0, 0.0  # (columns, rows, k)
+    if len(set(scales)) > 1:  # PET and some MR change it from slice to slice
+        planes = [plane.astype(np.float32) * a + b for plane, (a, b) in zip(planes, scales)]
+        scales = [(1.0, 0.0)]
+    return np.stack([planes[i] for i in order]).transpose(2, 1, 0), affine, *scales[0]  # (columns, rows, k)
 
 
 # ---- one sample, decoded in a guarded child ----------------------------------------------------------------

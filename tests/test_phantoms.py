@@ -9,8 +9,8 @@ import pydicom
 import pytest
 from PIL import Image
 
-from tests.phantoms import (ECHO_PARTS, MODALITIES, ORGANS, PARTS, TISSUES, ball, bones, both, ct, endoscopy, head,
-                            lattice, layer, mri, paint, rod, ultrasound, write_demo, write_nifti, write_sample,
+from tests.phantoms import (ECHO_PARTS, MODALITIES, ORGANS, PARTS, TISSUES, ball, bones, ct, endoscopy, head,
+                            lattice, layer, paint, rod, ultrasound, write_demo, write_nifti, write_sample,
                             write_series, xray)
 
 HU = {tissue: row[0] for tissue, row in TISSUES.items()}
@@ -42,11 +42,6 @@ def test_shapes_have_the_volume_of_the_text_book():
     assert volume_of(layer(ball("bone", (0, 0, 0), 10), "bone", 4)) == pytest.approx(4 / 3 * np.pi * .216, rel=.02)
     flat = volume_of(ball("bone", (0, 0, 0), (12, 4, 6)))
     assert volume_of(ball("bone", (0, 0, 0), (12, 4, 6), turn=30)) == pytest.approx(flat, rel=.02)
-
-
-def test_the_two_sides_are_mirror_images():
-    image = paint(both(rod("bone", (5, 0, -8), (12, 9, 8), 3), ball("fat", (9, -8, 0), 4)), grid(), HU, 1)
-    assert np.array_equal(image, image[::-1]) and np.ptp(image[:20]) > 1000
 
 
 def test_marrow_lies_inside_the_shell_and_joined_bones_share_it():
@@ -103,15 +98,6 @@ def test_bone_throws_a_shadow_in_ultrasound(monkeypatch):
         top = np.flatnonzero((free > .02).any(1))[0]
         assert np.abs(shadow - free)[top:top + 30].mean() < .05                       # above it
         assert np.all(free[:4, :8] == 0) and np.all(free[:4, -8:] == 0)               # beside the sector
-
-
-def test_mri_contrasts_differ():
-    """Seven patients of one part: the brightest tissue is not always the same, so intensity alone names nothing."""
-    ratios = []
-    for seed in range(7):
-        image, _, _ = mri(head, np.random.default_rng(seed))
-        ratios.append(np.median(image[image > .1 * np.percentile(image, 99)]) / np.percentile(image, 99))
-    assert np.ptp(ratios) > .15
 
 
 @pytest.mark.parametrize("organ", ORGANS)

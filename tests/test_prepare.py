@@ -364,7 +364,7 @@ BAD = {  # name: (maker, expected reason; "" = kept)
     "crc.nii.gz": (lambda p: flip(nifti(p, NOISE, np.eye(4)), 3000), "CRC|error: Error -3"),
     "cut.nii.gz": (lambda p: cut(nifti(p, NOISE, np.eye(4))), "ended before"),
     "trailer.nii.gz": (lambda p: cut(nifti(p, NOISE, np.eye(4)), 0.9995), "ended before|EOFError|struct.error|error"),
-    "giant.nii": (lambda p: nifti_with(p, dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), "MemoryError|Expected"),
+    "giant.nii": (lambda p: nifti_with(p, dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), "buffer is too small"),
     "zero.nii": (lambda p: nifti_with(p, dim=[3, 10, 0, 10, 1, 1, 1, 1]), "cannot be used"),
     "negative.nii": (lambda p: nifti_with(p, dim=[3, 10, -10, 10, 1, 1, 1, 1]), "cannot be"),
     "5d.nii": (lambda p: nifti_with(p, dim=[5, 10, 10, 2, 1, 5, 1, 1]), "cannot be used"),
