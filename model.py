@@ -230,9 +230,9 @@ def read_checkpoint(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def load_encoder(path, device="cpu"):
+def load_encoder(path, device="cpu", state=None):
     """Checkpoint file -> the ViT that embeds, in eval mode; the file says its architecture."""
-    state = read_checkpoint(path)
+    state = state or read_checkpoint(path)
     with expecting(path):
         encoder = ViT(**state["config"])
         encoder.load_state_dict(state["encoder"])
