@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from embed import embed_rows, load_embedder, picture, read_embeddings
+from embed import ALIKE, embed_rows, load_embedder, picture, read_embeddings
 from model import save_montage
 from prepare import UserError, atomic_write, cli, load_sample, read_samples
 
-BLOCK = 512  # queries whose scores against the whole gallery are in memory at once
+BLOCK = 1024  # queries whose scores against the whole gallery are in memory at once
 LIST, CUTS = 10, (1, 5, 10)  # the list that MnR and MdR look at, the K of R@K
 METRICS = ("R@1", "R@5", "R@10", "MnR", "MdR", "P@10")  # the paper has the first five
 PROBE_METRICS = ("F1", "precision", "accuracy", "AUROC")
@@ -107,8 +107,9 @@ def measure(queries, gallery, asked, offered, same=(), relevance="any"):
         scores[out], relevant[out] = -torch.inf, False
         top = scores.topk(min(LIST, len(g)), dim=1).indices  # (b, k)
         best = torch.where(relevant, scores, -torch.inf).amax(dim=1, keepdim=True)  # (b, 1)
-        blocks.append({"top": top, "hit": relevant.gather(1, top), "relevant": relevant.sum(dim=1),
-                       "candidates": len(g) - out.sum(dim=1), "first": 1 + (scores > best).sum(dim=1)})
+        right, left, above = (x.sum(1, dtype=torch.int32) for x in (relevant, ~out, scores > best))  # (b,)
+        blocks.append({"top": top, "hit": relevant.gather(1, top), "relevant": right, "candidates": left,
+                       "first": 1 + above})
     found = {key: torch.cat([block[key] for block in blocks]).numpy() for key in blocks[0]}
     found["MnR"], found["MdR"] = list_ranks(found["hit"])
     found["P@10"] = found["hit"].mean(axis=1)  # share of the list that is relevant
@@ -252,8 +253,7 @@ def run_task(args):
         rows, x, meta = read_embeddings(args.embeddings, args.cache[0])
         gallery = args.gallery or args.embeddings
         others, y, other = read_embeddings(gallery, args.gallery_cache or args.cache[0])
-        made = ("encoder", "checkpoint_sha256", "code_sha256", "pool")
-        if x.shape[1] != y.shape[1] or any(meta.get(key) != other.get(key) for key in made):
+        if x.shape[1] != y.shape[1] or any(meta.get(key) != other.get(key) for key in ALIKE[:-1]):
             raise UserError(f"{gallery} is of another encoder than {args.embeddings}: embed both with one")
         if not any(row["labels"] for row in rows):
             raise UserError(f"{args.cache[0]}: no sample has a label to evaluate by; prepare with --labels")
@@ -290,7 +290,6 @@ def fit_logistic(x, y, l2, multi):
     """Weights (D + 1, L), the bias last, that minimise cross_entropy + l2 / 2 * |w without the bias|^2."""
     w = torch.zeros(x.shape[1] + 1, y.shape[1], requires_grad=True)
     solver = torch.optim.LBFGS([w], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-
     def closure():
         solver.zero_grad()
         loss = cross_entropy(x, y, w, multi) + l2 / 2 * w[:-1].square().sum()
