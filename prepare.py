@@ -47,7 +47,7 @@ DICOM_MODALITIES = {"US": "ultrasound", "IVUS": "ultrasound", "ES": "endoscopy",
 VOLUMES = ("ct", "mri")  # their single-frame DICOM files are slices of a series
 SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 SIZES = {"size": 256, "slices": 64, "frames": 64}  # Sec. 3.4; of 64 frames training draws 16, ever others
-DEMO_SIZES = {"size": 32, "slices": 4, "frames": 4}  # what `prepare.py demo` takes, and prints as flags
+DEMO = {"size": 32, "slices": 4, "frames": 4, "source": "demo"}  # what `prepare.py demo` takes
 HU_RANGE = (-1000.0, 1000.0)  # Sec. 3.4
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 MIN_SLICES, MIN_RUN = 8, 16  # CHOICE: fewer slices are no volume; frames of a Kvasir clip (Appendix C)
@@ -79,9 +79,14 @@ class Note(UserWarning):
     """Something to know about a kept sample, for sources.csv; never quotes the file."""
 
 
-def refuse(bad, reason):
+def refuse(bad, reason):  # of a file
     if bad:
         raise Refused(reason)
+
+
+def stop(bad, message):  # the run
+    if bad:
+        raise UserError(message)
 
 
 def cli(main):
@@ -220,14 +225,14 @@ def image_frame(image):
 
 def read_image(path, count=1, seed=0):
     """PNG, JPEG, TIFF or GIF -> (frames, deeper than 8 bits?); several pages are a video: `count` of them."""
-    image, frames = Image.open(path, formats=("PNG", "JPEG", "TIFF", "GIF")), {}
+    image, frames = Image.open(path, formats=("PNG", "JPEG", "TIFF", "GIF")), []
     size, deep = image.size, image.mode[0] in "IF"
     pages = [n for n, page in enumerate(ImageSequence.Iterator(image)) if page.size == size]  # no thumbnails
     numbers = [0] if len(pages) == 1 or image.format == "MPO" else draw(pages, count, seed)  # MPO: one photo
     for n in numbers:
         image.seek(n)
-        frames[n] = image_frame(image)
-    return [frames[n] for n in numbers], deep
+        frames.append(image_frame(image))
+    return frames, deep
 
 
 def read_video(source, count, seed):
@@ -253,13 +258,13 @@ def read_nifti(path):
     second = data[4:7] == b"n+2"
     refuse(not second and data[344:347] != b"n+1", "not a NIfTI file (convert .hdr/.img pairs to .nii)")
     image = (nib.Nifti2Image if second else nib.Nifti1Image).from_bytes(data)
-    shape, kind = image.shape, image.get_data_dtype()
-    usable = image.dataobj.offset >= 348 and kind.kind in "iuf" and 2 <= len(shape) <= 4 and min(shape) > 0
+    shape, kind, proxy = image.shape, image.get_data_dtype(), image.dataobj
+    usable = proxy.offset >= 348 and kind.kind in "iuf" and 2 <= len(shape) <= 4 and min(shape) > 0
     refuse(not usable, f"voxels of shape {shape} and type {kind} cannot be used")
     if shape[3:] not in ((), (1,)):
         warnings.warn("4D NIfTI: first volume kept", Note)
-    voxels = np.ndarray(shape + (1,) * (4 - len(shape)), kind, data, int(image.dataobj.offset), order="F")
-    return voxels[..., 0], image.affine, image.dataobj.slope, image.dataobj.inter
+    voxels = np.ndarray(shape + (1,) * (4 - len(shape)), kind, data, int(proxy.offset), order="F")
+    return voxels[..., 0], image.affine, proxy.slope, proxy.inter
 
 
 # Coarse parts of the body by the defined terms of BodyPartExamined (PS3.16 annex L) and short forms of them.
@@ -314,26 +319,14 @@ def per_frame(ds, frame, sequence, tag, default=None):
     return default if value is None or value == "" else value
 
 
-def rescale(ds, frame):
-    """(slope, intercept) from stored values to the unit of the file, HU for CT."""
-    pair = tuple(np.float32(per_frame(ds, frame, "PixelValueTransformationSequence", tag, default))
-                 for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+def rescale(ds, frame, stored):
+    """Slope and intercept to the unit of the file, HU for CT; where it is padding (PS3.3 C.7.5.1.1.2)."""
+    pair = [np.float32(per_frame(ds, frame, "PixelValueTransformationSequence", tag, default))
+            for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))]
     refuse(not np.isfinite(pair).all(), "rescale is not finite")
-    return pair
-
-
-def is_padding(ds, stored):
-    """True where a stored value lies in the padding outside the image (PS3.3 C.7.5.1.1.2)."""
     ends = [ds.get(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    ends = [int(end) for end in ends if end not in (None, "")]
-    return (stored >= min(ends)) & (stored <= max(ends)) if ends else np.zeros(stored.shape, bool)
-
-
-def display_window(x, ds):
-    """x as displayed (PS3.3 C.11.2), in [0, 1]: two appended extremes come back as black and white."""
-    padded = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))
-    shown = apply_voi_lut(padded.astype(np.int32) if ds.get("VOILUTSequence") else padded, ds)
-    return ((shown[:-2] - shown[-2]) / (shown[-1] - shown[-2])).reshape(x.shape)
+    ends = [int(end) for end in ends if end not in (None, "")] or [np.inf]  # no value is infinite
+    return *pair, (stored >= min(ends)) & (stored <= max(ends))
 
 
 def dicom_frame(ds, frame, modality):
@@ -343,16 +336,19 @@ def dicom_frame(ds, frame, modality):
         stored, full = apply_color_lut(stored, ds), np.float32(65535)  # (h, w, 3)
     if stored.ndim == 3:
         return stored / full
-    outside, (slope, intercept) = is_padding(ds, stored), rescale(ds, frame)
+    slope, intercept, outside = rescale(ds, frame, stored)
     x = stored.astype(np.float32) * slope + intercept
     if ds.get("ModalityLUTSequence"):
         x = apply_modality_lut(stored, ds).astype(np.float32)
     if modality == "ct":
         x = (np.clip(x, *HU_RANGE) - HU_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0])
         return np.where(outside, np.float32(0), x)
-    width = np.atleast_1d(ds.get("WindowWidth") or 0)[0]  # some files hold an empty or a zero one
+    shown, width = np.zeros_like(x), np.atleast_1d(ds.get("WindowWidth") or 0)[0]  # some hold an empty one
     windowed = ds.get("VOILUTSequence") or ds.get("WindowCenter") is not None and float(width) >= 1
-    shown = display_window(x, ds) if modality == "xray" and windowed else np.zeros_like(x)
+    if modality == "xray" and windowed:  # PS3.3 C.11.2; two appended extremes come back as black and white
+        padded = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))
+        padded = apply_voi_lut(padded.astype(np.int32) if ds.get("VOILUTSequence") else padded, ds)
+        shown = ((padded[:-2] - padded[-2]) / (padded[-1] - padded[-2])).reshape(x.shape)
     if not outside.all() and np.ptp(shown[~outside]) > 0:  # a window that shows nothing is a wrong one
         x = shown
     elif modality != "mri" and ds.BitsStored <= 8 and not ds.PixelRepresentation:
@@ -393,17 +389,17 @@ def read_series(files, modality):
             stored = pixel_array(ds).reshape(-1, ds.Rows, ds.Columns)  # (frames, rows, columns)
         except BaseException as error:  # decoders raise all there is; this is a guarded child
             raise Refused(f"slice {Path(path).name}: {type(error).__name__} {error}") from error
-        for frame in range(len(stored)):
+        sign = -1 if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else 1
+        for frame, plane in enumerate(stored):
             place = [per_frame(ds, frame, sequence, tag) for sequence, tag in (
                 ("PlaneOrientationSequence", "ImageOrientationPatient"),
                 ("PixelMeasuresSequence", "PixelSpacing"), ("PlanePositionSequence", "ImagePositionPatient"))]
             refuse(None in place, "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
-            plane, outside = stored[frame], is_padding(ds, stored[frame])
+            slope, intercept, outside = rescale(ds, frame, plane)
             if outside.any() and not outside.all():
                 plane = np.where(outside, min(plane[~outside].min(), np.array(0, plane.dtype)), plane)
-            sign = -1 if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else 1
             planes.append(plane)
-            scales.append(tuple(sign * number for number in rescale(ds, frame)))
+            scales.append((sign * slope, sign * intercept))
             places.append([float(value) for values in place for value in values])
     places = np.array(places)  # (n, 6 + 2 + 3)
     along_row, along_column, (row_mm, column_mm) = places[0, :3], places[0, 3:6], places[0, 6:8]
@@ -485,10 +481,9 @@ def attempt(task, batch, pipe):
         signal.alarm(SECONDS)
         try:
             answers.append(task(item))
-        except (UserError, Refused) as error:  # a UserError: the cache cannot be written
-            answers.append(error)
         except BaseException as error:  # decoders raise all there is, KeyboardInterrupt included
-            answers.append(Refused(f"cannot be decoded: {type(error).__name__} {error}"))
+            known = isinstance(error, (Refused, UserError))  # a UserError: the cache cannot be written
+            answers.append(error if known else Refused(f"cannot be decoded: {type(error).__name__} {error}"))
     signal.alarm(0)
     pipe.send(answers)
 
@@ -497,30 +492,26 @@ def guarded(task, batches, workers):
     """Yield (item, task(item)), or (item, Refused). No file can end or hang the run: a batch whose child died
     is tried again, each item alone, and only then refused. A UserError ends it."""
     fork, waiting, running = multiprocessing.get_context("fork"), deque(batches), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                batch, (reader, writer) = waiting.popleft(), fork.Pipe(duplex=False)
-                child = fork.Process(target=attempt, args=(task, batch, writer), daemon=True)
-                child.start()
-                writer.close()
-                running[reader] = child, batch
-            for reader in multiprocessing.connection.wait(list(running)):
-                child, batch = running.pop(reader)
-                try:
-                    answers = reader.recv()
-                except EOFError:  # it died; what it had finished lies in the cache and takes no time again
-                    child.join()
-                    cause = "timed out" if child.exitcode == -signal.SIGALRM else "decoder crashed"
-                    answers = [Refused(f"{cause} (exit code {child.exitcode})")] if len(batch) == 1 else []
-                    waiting.extendleft([item] for item in batch[len(answers):])
-                for item, answer in zip(batch, answers):
-                    if isinstance(answer, UserError):
-                        raise answer
-                    yield item, answer
-    finally:
-        for child, _ in running.values():
-            child.kill()
+    while waiting or running:
+        while waiting and len(running) < workers:
+            batch, (reader, writer) = waiting.popleft(), fork.Pipe(duplex=False)
+            child = fork.Process(target=attempt, args=(task, batch, writer), daemon=True)  # ends with us
+            child.start()
+            writer.close()
+            running[reader] = child, batch
+        for reader in multiprocessing.connection.wait(list(running)):
+            child, batch = running.pop(reader)
+            try:
+                answers = reader.recv()
+            except EOFError:  # it died; what it had finished lies in the cache and takes no time again
+                child.join()
+                cause = "timed out" if child.exitcode == -signal.SIGALRM else "decoder crashed"
+                answers = [Refused(f"{cause} (exit code {child.exitcode})")] if len(batch) == 1 else []
+                waiting.extendleft([item] for item in batch[len(answers):])
+            for item, answer in zip(batch, answers):
+                if isinstance(answer, UserError):
+                    raise answer
+                yield item, answer
 
 
 # ---- sources: which files make samples (jobs), and (path, reason) of those left out ------------------------
@@ -533,43 +524,40 @@ def read_recipe(folder):
         return {}
 
 
-def walk(source):
-    """Relative paths of the regular files below `source`, sorted, and (path, reason) of everything else."""
+def walk(source, inside=""):
+    """Relative paths of the regular files below source/inside, and (path, reason) of everything else."""
     files, left_out = [], []
-
-    def unreadable(error):
-        left_out.append((error.filename, f"cannot be read: {error.strerror}"))
-
-    for root, folders, names in os.walk(source, onerror=unreadable):
-        found, inside = [(os.path.join(root, name), name) for name in sorted(folders + names)], set(folders)
-        folders.clear()  # os.walk goes down into those that are put back
-        for path, name in found:
-            if name.startswith(".") or name == "__MACOSX":
-                left_out.append((path, "hidden, not read"))
-            elif name in inside and (os.path.islink(path) or read_recipe(path)):
-                left_out.append((path, "link to a folder, or a cache of this program, not read"))
-            elif name in inside:
-                folders.append(name)
-            elif os.path.isfile(path) and os.path.getsize(path):
-                files.append(os.path.relpath(path, source))
-            else:
-                left_out.append((path, "empty, or not a regular file"))
-    return files, [(os.path.relpath(path, source), reason) for path, reason in left_out]
+    for entry in sorted(os.scandir(os.path.join(source, inside)), key=lambda entry: entry.name):
+        path = os.path.join(inside, entry.name)
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            left_out.append((path, "hidden, not read"))
+        elif not entry.is_dir() and entry.is_file() and entry.stat().st_size:
+            files.append(path)
+        elif not entry.is_dir():
+            left_out.append((path, "empty, or not a regular file"))
+        elif entry.is_symlink() or read_recipe(entry.path) or not os.access(entry.path, os.R_OK | os.X_OK):
+            left_out.append((path, "link to a folder, a cache of this program, or locked: not read"))
+        else:
+            found, others = walk(source, path)
+            files += found
+            left_out += others
+    return files, left_out
 
 
-def read_csv(path, errors="replace"):
+def read_csv(path, remedy="download or write it again", errors="replace"):
     """Rows of a table with , or ; as dicts of stripped cells and their "line"; UserError if none."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; this table is needed")
+    stop(not os.path.isfile(path), f"{path}: no such file; {remedy}")
     try:
         text = Path(path).read_text("utf-8-sig", errors)
+        comma = max(",;", key=text.partition("\n")[0].count)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
+        head = list(map(str.strip, next(lines, [])))
+        rows = [{"line": lines.line_num} | dict(zip(head, map(str.strip, row))) for row in lines if any(row)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from error
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;", key=text.partition("\n")[0].count))
-    head = list(map(str.strip, next(lines, [])))
-    rows = [{"line": lines.line_num} | dict(zip(head, map(str.strip, line))) for line in lines if any(line)]
-    if not rows:
-        raise UserError(f"{path}: holds no rows; download or write it again")
+    except csv.Error as error:
+        raise UserError(f"{path}: not a table ({error}); {remedy}") from error
+    stop(not rows, f"{path}: holds no rows; {remedy}")
     return rows
 
 
@@ -577,16 +565,14 @@ def read_labels(path):
     """labels.csv -> {path: row}, with `labels` as a tuple; UserError naming the line and what is wrong."""
     rows = {}
     for row in read_csv(path, errors="strict"):
-        split, modality = row.get("split", ""), row.get("modality", "")
-        name = os.path.normpath(row.get("path", ""))
-        wrong = ("needs the columns path and labels" if not {"path", "labels"} <= row.keys() else
-                 f"{name} again; one row says it all" if name in rows else
-                 f"split {split!r} is none of train, val, test" if split and split.lower() not in SPLITS else
-                 f"modality {modality!r} is not known" if modality not in ("", *MODALITIES) else "")
-        if wrong:
-            raise UserError(f"{path}, line {row['line']}: {wrong}")
+        name, place = os.path.normpath(row.get("path", "")), f"{path}, line {row['line']}"
+        split, modality = row.get("split", "").lower(), row.get("modality", "")
+        stop(not {"path", "labels"} <= row.keys(), f"{place}: needs the columns path and labels")
+        stop(name in rows, f"{place}: {name} again; one row says it all")
+        stop(split not in ("", *SPLITS), f"{place}: split {row.get('split')!r} is none of train, val, test")
+        stop(modality not in ("", *MODALITIES), f"{place}: modality {modality!r} is not known")
         labels = tuple(label.strip() for label in row["labels"].split("|") if label.strip())
-        rows[name] = row | {"labels": labels, "split": SPLITS.get(split.lower(), "")}
+        rows[name] = row | {"labels": labels, "split": SPLITS.get(split, "")}
     return rows
 
 
@@ -611,66 +597,57 @@ def dicom_header(path):
 
 
 def one_pass(heads):
-    """Of slices that repeat places (echoes, b-values, phases): the most of one value of a tag, one a place.
+    """{path: header} of slices -> where they repeat places (echoes, b-values, phases), the most of one value
+    of a tag, one a place. Copies, and what no tag tells apart, are left to read_series."""
+    def places(group):
+        return len({head["place"] for head in group.values()})
 
-    {path: header} -> the same of those to keep. Copies, and what no tag tells apart, are left to read_series.
-    """
-    groups = defaultdict(dict)  # (tag, value): slices
+    groups = defaultdict(dict)  # {(tag, value): slices}
     for path, head in heads.items():
         for tag in PASS_TAGS:
             groups[tag, head[tag]][path] = head
-    smaller = [(len({head["place"] for head in group.values()}), -len(group), group)
-               for group in groups.values() if len(group) < len(heads)]
-    places, _, best = max(smaller, key=lambda entry: entry[:2], default=(0, 0, {}))
-    repeated = len({head["place"] for head in heads.values()}) < len(heads)
-    return one_pass(best) if repeated and places >= MIN_SLICES else heads
-
-
-def dicom_jobs(heads, told, allow_2d):
-    """Headers {path: dicom_header} -> jobs: images, multi-frame files, series; (path, reason) of others."""
-    jobs, left_out, stacks = [], [], defaultdict(dict)  # {(patient, series ...): {path: job}}
-    for path, head in heads.items():
-        modality = told(path) or DICOM_MODALITIES.get(head["Modality"])
-        job = Job([path], "dicom", modality, head["parts"], head["PatientID"], notes=head["notes"])
-        if modality in VOLUMES and re.search("LOCALIZER|SCOUT", head["ImageType"]):
-            left_out.append((path, "localizer"))
-        elif modality in VOLUMES and head["frames"] > 1:
-            jobs.append(job._replace(kind="series"))
-        elif modality in VOLUMES:
-            stacks[head["stack"]][path] = job
-        else:
-            jobs.append(job)
-    for stack, slices in stacks.items():
-        kept = sorted(one_pass({path: heads[path] for path in slices}))
-        if len(kept) >= MIN_SLICES and stack[1]:
-            jobs.append(slices[kept[0]]._replace(files=kept, kind="series", key=repr(stack)))
-            reason = "another echo, b-value, phase or time of a kept series"
-            left_out += [(path, reason) for path in slices if path not in set(kept)]
-        elif allow_2d:
-            jobs += slices.values()
-        else:
-            reason = f"{len(slices)} slices of this series, size and direction, a volume needs {MIN_SLICES}"
-            reason = reason if stack[1] else "no SeriesInstanceUID (0020,000E)"
-            left_out += [(path, f"{reason} (--allow-2d keeps each as an image)") for path in slices]
-    return jobs, left_out
+    smaller = [group for group in groups.values() if len(group) < len(heads)]
+    best = max(smaller, key=lambda group: (places(group), -len(group)), default={})
+    return one_pass(best) if places(heads) < len(heads) and places(best) >= MIN_SLICES else heads
 
 
 def find_samples(source, files, told, allow_2d, workers):
-    """Jobs of any mix of files, (path, reason) of the rest. told(path) is the modality a user gave, if any.
-
-    The modality of a job is None where neither the user nor a DICOM header gives it.
-    """
+    """Jobs of any mix of files, (path, reason) of the rest. told(path) is the modality a user gave, if any;
+    that of a job is None where neither the user nor a DICOM header says it."""
     kinds = {path: "".join(kind for kind, ends in SUFFIXES.items() if path.lower().endswith(ends))
              for path in files}
     jobs = [Job([path], kind, told(path)) for path, kind in kinds.items() if kind]
-    paths = [path for path, kind in kinds.items() if not kind]  # by its name anything else may be DICOM
-    batches = [paths[i:i + 256] for i in range(0, len(paths), 256)]
-    answers = dict(tqdm(guarded(lambda path: dicom_header(os.path.join(source, path)), batches, workers),
-                        total=len(paths), unit="header", disable=len(paths) < 1000))
-    left_out = [(path, str(answers[path])) for path in paths if isinstance(answers[path], Refused)]
-    heads = {path: answers[path] for path in paths if isinstance(answers[path], dict)}
-    found, others = dicom_jobs(heads, told, allow_2d)
-    return jobs + found, left_out + others
+    others = [path for path, kind in kinds.items() if not kind]  # by its name anything else may be DICOM
+    left_out, stacks = [], defaultdict(dict)  # {(patient, series ...): {path: header}}
+    batches = [others[i:i + 256] for i in range(0, len(others), 256)]
+    answers = guarded(lambda path: dicom_header(os.path.join(source, path)), batches, workers)
+    for path, head in tqdm(answers, total=len(others), unit="header", disable=len(others) < 1000):
+        if isinstance(head, Refused):
+            left_out.append((path, str(head)))
+            continue
+        modality = told(path) or DICOM_MODALITIES.get(head["Modality"])
+        job = Job([path], "dicom", modality, head["parts"], head["PatientID"], notes=head["notes"])
+        if modality not in VOLUMES:
+            jobs.append(job)
+        elif re.search("LOCALIZER|SCOUT", head["ImageType"]):
+            left_out.append((path, "localizer"))
+        elif head["frames"] > 1:
+            jobs.append(job._replace(kind="series"))
+        else:
+            stacks[head["stack"]][path] = head | {"job": job}
+    for stack, slices in stacks.items():
+        kept = sorted(one_pass(slices))
+        reason = f"{len(slices)} slices of this series, size and direction, a volume needs {MIN_SLICES}"
+        if len(kept) >= MIN_SLICES and stack[1]:
+            jobs.append(slices[kept[0]]["job"]._replace(files=kept, kind="series", key=repr(stack)))
+            reason = "another echo, b-value, phase or time of a kept series"
+            left_out += [(path, reason) for path in slices.keys() - kept]
+        elif allow_2d:
+            jobs += [head["job"] for head in slices.values()]
+        else:
+            reason = reason if stack[1] else "no SeriesInstanceUID (0020,000E)"
+            left_out += [(path, f"{reason} (--allow-2d keeps each as an image)") for path in slices]
+    return jobs, left_out
 
 
 def folder(source, files, options):
@@ -679,7 +656,7 @@ def folder(source, files, options):
     `--labels folders`: the name of its folder is a file's label, as torchvision's ImageFolder has it; folders
     named train, val, valid or test, above or below, are splits.
     """
-    by_folder, rows, jobs = options.labels == "folders", {}, []
+    by_folder, rows, jobs, used = options.labels == "folders", {}, [], set()
     if options.labels and not by_folder:
         rows = read_labels(options.labels)
         files = [path for path in files if not os.path.samefile(os.path.join(source, path), options.labels)]
@@ -692,16 +669,17 @@ def folder(source, files, options):
 
     found, left_out = find_samples(source, files, told, options.allow_2d, options.workers)
     for job in found:
-        row, names = next(filter(None, map(row_of, job.files)), {}), Path(job.files[0]).parent.parts
-        labels, split = row.get("labels", job.labels), row.get("split", "")
+        row = next(filter(None, map(row_of, job.files)), {})
+        labels, split, patient = row.get("labels", job.labels), row.get("split"), row.get("patient")
+        used.update(row_of(path).get("line") for path in job.files)
         if by_folder:
+            names = Path(job.files[0]).parent.parts
             labels = tuple(name for name in names if name.lower() not in SPLITS)[-1:]
             split = "".join([SPLITS[name.lower()] for name in names if name.lower() in SPLITS][-1:])
         if job.modality:
-            jobs.append(job._replace(labels=labels, split=split, patient=row.get("patient") or job.patient))
+            jobs.append(job._replace(labels=labels, split=split or "", patient=patient or job.patient))
         else:
             left_out += [(path, "modality unknown; give --modality") for path in job.files]
-    used = {row_of(path).get("line") for job in found for path in job.files}
     unused = [row["line"] for row in rows.values() if row["line"] not in used]
     if unused:
         print(f"warning: {len(unused)} rows of {options.labels} name no sample (line {unused[0]} ...)")
@@ -711,8 +689,7 @@ def folder(source, files, options):
 def find_tables(folder, files, pattern, needed=True):
     """The files below `folder` whose name matches; UserError if a needed one is absent."""
     found = [os.path.join(folder, path) for path in files if re.fullmatch(pattern, os.path.basename(path))]
-    if needed and not found:
-        raise UserError(f"{folder}: no file named like {pattern}; it is part of the data set, download it")
+    stop(needed and not found, f"{folder}: no file named like {pattern}; download all of the data set")
     return found
 
 
@@ -759,17 +736,16 @@ def kvasir_capsule(source, files, options):
     for path in files:
         name = re.fullmatch(r"([0-9a-f]{16})_(\d+)\.(jpg|png)", os.path.basename(path))
         if name:
-            frames[os.path.basename(os.path.dirname(path)), name[1]][int(name[2])] = path
-    if not frames:
-        raise UserError(f"{source}: holds no CLASS/VIDEO_FRAME.jpg; unpack each *.tar.gz in its place first")
+            frames[Path(path).parent.name, name[1]][int(name[2])] = path
+    stop(not frames, f"{source}: holds no CLASS/VIDEO_FRAME.jpg; unpack each *.tar.gz in its place first")
     for (label, video), numbered in sorted(frames.items()):
         numbers = np.array(sorted(numbered))
         for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
             paths = [numbered[number] for number in run.tolist()]
+            reason = f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}"
             if len(paths) >= MIN_RUN:
                 jobs.append(Job(paths, "clip", "endoscopy", (label,), video, "test"))
             else:
-                reason = f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}"
                 left_out += [(path, reason) for path in paths]
     return jobs, left_out
 
@@ -800,18 +776,16 @@ def ct_rate(source, files, options):
     """
     beside = walk(options.labels)[0] if options.labels else []
     place = source, [*files, *(os.path.abspath(os.path.join(options.labels, path)) for path in beside)]
-    labels = chest_labels(place, options.dataset)
-    lists = find_tables(*place, r"no_chest_\w+\.txt", needed=False)
-    absent = " ".join(Path(path).read_text() for path in lists)
-    absent = {os.path.basename(name).removesuffix(".nii.gz") for name in absent.split()}
-    jobs, left_out, seen = [], [], set()
+    labels, jobs, left_out, seen = chest_labels(place, options.dataset), [], [], set()
+    for path in find_tables(*place, r"no_chest_\w+\.txt", needed=False):
+        seen.update(Path(name).name.removesuffix(".nii.gz") for name in Path(path).read_text().split())
     names = [(re.fullmatch(r"(((train|valid)_\d+)_[a-z]+)_(\d+)\.nii\.gz", os.path.basename(path)), path)
              for path in files]
-    for number, path, match in sorted((int(match[4]), path, match) for match, path in names if match):
-        scan, patient, split, _ = match.groups()
+    for number, path, name in sorted((int(name[4]), path, name) for name, path in names if name):
+        scan, patient, split, _ = name.groups()
         if f"{split}_fixed" not in Path(source, path).absolute().parts:
             left_out.append((path, "not of train_fixed or valid_fixed, whose headers are true"))
-        elif scan in seen or f"{scan}_{number}" in absent:
+        elif scan in seen or f"{scan}_{number}" in seen:
             left_out.append((path, "no chest CT by its list, or another reconstruction of a kept scan"))
         else:
             seen.add(scan)
@@ -855,16 +829,17 @@ def pseudonym(key, text):
 
 def read_key(path):
     """The bytes of a key file, made with random ones if it does not exist; else the public key."""
-    if path and not os.path.lexists(path):
+    if not path:
+        return PUBLIC_KEY
+    if not os.path.lexists(path):
         new = f"{path}.{secrets.token_hex(4)}"
         write_text(new, secrets.token_hex(32), 0o600)
         with contextlib.suppress(FileExistsError):  # runs that start together all take the key of the first
             os.link(new, path)
             print(f"made the new key {path}: keep it, and keep it apart from the cache")
         os.unlink(new)
-    key = PUBLIC_KEY if not path else Path(path).read_bytes().strip() if os.path.isfile(path) else b""
-    if len(key) < 16:
-        raise UserError(f"{path}: no file of at least 16 bytes; name one that does not exist to have it made")
+    key = Path(path).read_bytes().strip() if os.path.isfile(path) else b""
+    stop(len(key) < 16, f"{path}: no file of at least 16 bytes; name one that does not exist to have it made")
     return key
 
 
@@ -874,54 +849,50 @@ def write_csv(path, header, rows, mode=0o666):
     write_text(path, text.getvalue(), mode)
 
 
-def write_tables(folder, jobs, rejected):
-    """samples.csv of the arrays that are there, and what only their owner may see -> notes of the kept."""
-    kept = [job for job in jobs if (folder / f"{job.id}.npy").exists()]
-    shapes = ["x".join(map(str, load_array(folder / f"{job.id}.npy", mmap_mode="r").shape)) for job in kept]
-    notes = [path.read_text() if path.exists() else "" for path in (folder / f"{job.id}.txt" for job in kept)]
-    write_csv(folder / "samples.csv", "id modality labels patient split shape", [
-        (job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape)
-        for job, shape in zip(kept, shapes)])
-    write_csv(folder / "sources.csv", "id path notes", [
-        (job.id, job.files[0], note) for job, note in zip(kept, notes)], 0o600)
+def write_tables(folder, jobs, left_out):
+    """samples.csv of the arrays that are there, and what only their owner may see -> notes, rejected rows."""
+    samples, sources, notes, rejected = [], [], [], sorted(set(left_out))
+    for job in jobs:
+        path, beside = folder / f"{job.id}.npy", folder / f"{job.id}.txt"
+        if path.exists():
+            shape = "x".join(map(str, load_sample(folder, {"id": job.id}, mmap_mode="r").shape))
+            samples.append((job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape))
+            notes.append(beside.read_text() if beside.exists() else "")
+            sources.append((job.id, job.files[0], notes[-1]))
+    write_csv(folder / "samples.csv", "id modality labels patient split shape", samples)
+    write_csv(folder / "sources.csv", "id path notes", sources, 0o600)
     write_csv(folder / "rejected.csv", "path reason", rejected, 0o600)
-    return notes
-
-
-def load_array(path, like=None, **options):
-    """An .npy file of a cache, of the shape `like` if that is given; UserError if it is not."""
-    try:
-        array = np.load(path, allow_pickle=False, **options)
-    except (OSError, ValueError, EOFError):
-        array = np.empty(0)
-    if array.ndim != 4 or like not in (None, array.shape) or array.dtype not in (np.uint8, np.float16):
-        raise UserError(f"{path}: not the array of samples.csv; delete it and run prepare.py again")
-    return array
+    return notes, rejected
 
 
 def read_samples(folder):
     """Rows of samples.csv as dicts: id, modality, labels (tuple), patient, split, shape (4 ints), folder."""
-    path, rows, line = Path(folder, "samples.csv"), {}, 1
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; make the cache with prepare.py first")
-    try:
-        for line, row in enumerate(csv.DictReader(path.read_text("utf-8-sig").splitlines()), 2):
+    path, rows = Path(folder, "samples.csv"), {}
+    for row in read_csv(path, "make the cache with prepare.py"):
+        line = row.pop("line")
+        try:
             name, shape = row["id"], tuple(map(int, row["shape"].split("x")))
             if not re.fullmatch("[0-9a-f]{16}", name) or name in rows or len(shape) != 4 or min(shape) < 1:
-                raise ValueError
-            labels = tuple(filter(None, row["labels"].split("|")))
-            rows[name] = {key: row[key] for key in ("id", "modality", "patient", "split")} | {
-                "labels": labels, "shape": shape, "folder": str(folder)}
-    except (KeyError, ValueError, AttributeError, TypeError, csv.Error) as error:
-        raise UserError(f"{path}, line {line}: not as prepare.py wrote it; run it again") from error
-    if not rows:
-        raise UserError(f"{path}: holds no samples; run prepare.py on a folder with images")
+                raise ValueError("id or shape")
+            row["labels"] = tuple(filter(None, row["labels"].split("|")))
+            rows[name] = {key: row[key] for key in ("id", "modality", "labels", "patient", "split")} | {
+                "shape": shape, "folder": str(folder)}
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}, line {line}: not as prepare.py wrote it; run it again") from error
     return list(rows.values())
 
 
-def load_sample(folder, row):
-    """The cached array (C, H, W, S), uint8 or float16, of a row of read_samples."""
-    return load_array(Path(folder, f"{row['id']}.npy"), tuple(row["shape"]))
+def load_sample(folder, row, **options):
+    """The cached array (C, H, W, S), uint8 or float16, of a row of read_samples; UserError if it is not."""
+    path = Path(folder, f"{row['id']}.npy")
+    try:
+        array = np.load(path, allow_pickle=False, **options)
+    except (OSError, ValueError, EOFError):
+        array = np.empty(0)
+    known = array.ndim == 4 and array.dtype in (np.uint8, np.float16)
+    stop(not known or array.shape != tuple(row.get("shape", array.shape)),
+         f"{path}: not the array of samples.csv; delete it and run prepare.py again")
+    return array
 
 
 class CachedDataset(Dataset):
@@ -940,8 +911,7 @@ class CachedDataset(Dataset):
 def sizes_of(folder):
     """The size, slices and frames that a cache was made with."""
     recipe = read_recipe(folder)
-    if not recipe:
-        raise UserError(f"{Path(folder, 'recipe.json')}: missing or damaged; make the cache again")
+    stop(not recipe, f"{Path(folder, 'recipe.json')}: missing or damaged; make the cache again")
     return {name: recipe[name] for name in SIZES}
 
 
@@ -953,22 +923,20 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
     """
     path = Path(path).absolute()
     single, source = path.is_file(), path if path.is_dir() else path.parent
-    if not single and not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    files = [path.name] if single else walk(path)[0]
-    jobs, left_out = find_samples(source, files, lambda _: modality, single, 1)
+    stop(not single and not path.is_dir(), f"{path}: no such file or folder")
+    files, how = [path.name] if single else walk(path)[0], (lambda _: modality, single, 1)
+    jobs, left_out = find_samples(source, files, *how)
     if single and jobs and jobs[0].kind == "dicom" and jobs[0].modality in VOLUMES:  # of which series?
         files = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
-        jobs, _ = find_samples(source, files, lambda _: modality, True, 1)
-        jobs = [job for job in jobs if path.name in job.files]
-    if len(jobs) != 1:
-        some = "".join(f", {job.files[0]}" for job in jobs[:9])
-        reason = left_out[0][1] if left_out and not jobs else f"holds {len(jobs)} samples; name one{some}"
-        raise UserError(f"{path}: {reason}")
-    told = jobs[0].modality or likely or {"video": "endoscopy", "nifti": "ct"}.get(jobs[0].kind, "xray")
-    if not jobs[0].modality:
+        jobs = [job for job in find_samples(source, files, *how)[0] if path.name in job.files]
+    some = "".join(f", {job.files[0]}" for job in jobs[:9])
+    reason = left_out[0][1] if left_out and not jobs else f"holds {len(jobs)} samples; name one{some}"
+    stop(len(jobs) != 1, f"{path}: {reason}")
+    job = jobs[0]
+    told = job.modality or likely or {"video": "endoscopy", "nifti": "ct"}.get(job.kind, "xray")
+    if not job.modality:
         print(f"{path}: taken as {told} (--modality says otherwise)", file=sys.stderr)
-    job = jobs[0]._replace(id=pseudonym(PUBLIC_KEY, path.name), modality=told)
+    job = job._replace(id=pseudonym(PUBLIC_KEY, path.name), modality=told)
     _, answer = next(guarded(lambda job: decode(job, source, size, slices, frames), [[job]], 1))
     if isinstance(answer, Refused):
         raise UserError(f"{path}: {answer}")
@@ -990,10 +958,11 @@ def parse_arguments():
     add("--key-file", help="secret key of the ids, made if absent; give one for patients' data")
     add("--allow-2d", action="store_true", help="keep single CT and MR slices as images")
     for name, what in (("size", "longer side, pixels"), ("slices", "of a volume"), ("frames", "of a video")):
-        add(f"--{name}", type=int, help=f"{what} (default {SIZES[name]}, demo {DEMO_SIZES[name]})")
+        add(f"--{name}", type=int, help=f"{what} (default {SIZES[name]}, demo {DEMO[name]})")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     add("--shard", default="", help="i/n: make part i of n only; after the last, run once without it")
-    parser.set_defaults(**(DEMO_SIZES if parser.parse_known_args()[0].dataset == "demo" else SIZES))
+    demo = parser.parse_known_args()[0].dataset == "demo"
+    parser.set_defaults(**(DEMO if demo else SIZES | {"source": "SOURCE"}))
     options = parser.parse_args()
     name, part = options.name or options.dataset, re.fullmatch(r"(\d+)/(\d+)", options.shard or "0/1")
     if min(options.size, options.slices, options.frames, options.workers) < 1:
@@ -1008,31 +977,28 @@ def parse_arguments():
 def main():
     options, target, part = parse_arguments()
     tqdm.monitor_interval = 0  # no thread beside the forks
-    sizes, demo = {name: getattr(options, name) for name in SIZES}, options.dataset == "demo"
-    source = options.source or ("demo" if demo else "SOURCE")
-    if demo:  # phantoms, written as real files and then read like any others
+    source, sizes = options.source, {name: getattr(options, name) for name in SIZES}
+    if options.dataset == "demo":  # phantoms, written as real files and then read like any others
+        from tests.phantoms import write_demo  # the tests' own files, which only the demo needs
         print("prepare.py demo", *(f"--{name} {value}" for name, value in sizes.items()))
         options.labels = os.path.join(source, "labels.csv")
         if not os.path.exists(options.labels):
-            from tests.phantoms import write_demo  # the tests' own files, which only the demo needs
             write_demo(Path(source))
-    if not os.path.isdir(source):
-        raise UserError(f"{source}: no such folder; give the folder that holds the data")
+    stop(not os.path.isdir(source), f"{source}: no such folder; give the folder that holds the data")
     key, made = read_key(options.key_file), read_recipe(target)
     recipe = sizes | {"version": VERSION, "dataset": options.dataset, "another key": pseudonym(key, "key"),
                       "another source": pseudonym(key, os.path.realpath(source))}
-    differs = [name for name in recipe if made.get(name) != recipe[name]]
-    differs = [name if name.startswith("another") else f"{name} {made.get(name)}" for name in differs]
-    if differs and (target / "recipe.json").exists():
-        raise UserError(f"{target} was made with {', '.join(differs)}; give the same, or another --name")
+    differs = [name if name.startswith("another") else f"{name} {made.get(name)}"
+               for name in recipe if made.get(name) != recipe[name]]
+    stop(differs and (target / "recipe.json").exists(),
+         f"{target} was made with {', '.join(differs)}; give the same, or another --name")
     files, left_out = walk(source)
     try:
         jobs, others = DATASETS[options.dataset](source, files, options)
-    except (KeyError, ValueError, csv.Error) as error:
+    except (KeyError, ValueError) as error:
         raise UserError(f"{source}: not laid out as {options.dataset} is published ({error!r})") from error
     left_out += others
-    if not jobs and not left_out:
-        raise UserError(f"{source}: holds no files of {options.dataset}; give the folder that holds the data")
+    stop(not jobs and not left_out, f"{source}: holds no files of {options.dataset}; give the data's folder")
     if options.dataset == "folder" and not options.key_file:
         print("note: ids are made with a public key: anyone can test a guess; patients' data need --key-file")
     jobs = [job._replace(id=pseudonym(key, job.key or job.files[0]), patient=pseudonym(key, job.patient))
@@ -1045,18 +1011,18 @@ def main():
                 (target / f"{job.id}.npy").unlink(missing_ok=True)
     todo = [job for job in jobs[part] if not (target / f"{job.id}.npy").exists()]
     small = [job for job in todo if job.kind in ("image", "dicom")]  # a fork costs as much as one of these
-    batches = [small[i:i + 32] for i in range(0, len(small), 32)] + [
-        [job] for job in todo if job.kind not in ("image", "dicom")]
+    batches = [small[i:i + 32] for i in range(0, len(small), 32)]
+    batches += [[job] for job in todo if job.kind not in ("image", "dicom")]
     answers = guarded(lambda job: cache_sample(job, source, target, recipe), batches, options.workers)
     for job, answer in tqdm(answers, total=len(todo), unit="sample", desc=target.name, disable=not todo):
         left_out += [(path, str(answer)) for path in job.files if answer]
     if options.shard:
         print(f"{target}: part {options.shard} is made; after the last part, run once without --shard")
         return
-    rejected = sorted(set(left_out))
-    notes = write_tables(target, jobs, rejected)
-    if any(BURNED_IN in note for note in notes):
-        print(f"warning: {sum(BURNED_IN in note for note in notes)} samples of DICOM files: each {BURNED_IN}")
+    notes, rejected = write_tables(target, jobs, left_out)
+    burned = sum(BURNED_IN in note for note in notes)
+    if burned:
+        print(f"warning: {burned} samples of DICOM files: each {BURNED_IN}")
     print(f"{target}: {len(notes)} samples, {sum(map(bool, notes))} with notes (sources.csv); "
           f"{len(rejected)} files left out (rejected.csv)")
     if not notes:  # the commonest reason, if possible of files of a known kind; without what a file says

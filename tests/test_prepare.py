@@ -872,7 +872,8 @@ def test_labels_of_files_series_and_folders(tmp_path, monkeypatch, capsys):
     (b"path,labels\na.png,x\nb.png,x\n./a.png,y\n", "line 4: a.png again"),
     (b"file,labels\na.png,x\n", "line 2: needs the columns path and labels"),
     (b"path,labels\nb.png,x\na.png\n", "line 3: needs the columns path and labels"),
-    (b"path,labels\na.png,l\xe9sion\n", "not UTF-8 text at byte 19"), (b"path,labels\n", "holds no rows")])
+    (b"path,labels\na.png,l\xe9sion\n", "not UTF-8 text at byte 19"), (b"path,labels\n", "holds no rows"),
+    pytest.param(b"path,labels\na.png," + bytes([120]) * 200_000, "not a table", id="a cell without end")])
 def test_a_wrong_labels_table_is_an_error_with_line_and_value(tmp_path, monkeypatch, text, message):
     png(tmp_path / "data/a.png")
     (tmp_path / "labels.csv").write_bytes(text)
