@@ -47,6 +47,7 @@ def test_four_queries_and_eight_candidates_by_hand():
     assert found["MdR"] == pytest.approx([3, 6, 11, 4])
     assert found["first"].tolist() == [2, 3, 9, 2]  # nothing found: one place behind the 8 candidates
     assert found["relevant"].tolist() == [3, 5, 0, 5]
+    assert found["P@10"].tolist() == [3 / 8, 5 / 8, 0, 5 / 8]  # of a list of all eight
     found = evaluate.measure(queries, gallery, asked, offered, relevance="all")
     assert found["first"].tolist() == [2, 6, 9, 9]
     assert found["MnR"] == pytest.approx([10 / 3, 6, 11, 11])
@@ -76,6 +77,7 @@ def naive(queries, gallery, asked, offered, same, relevance):
         ranks = [place for place, good in enumerate(right, start=1) if good]
         top = [rank for rank in ranks if rank <= 10]
         result.append({"R@1": any(right[:1]), "R@5": any(right[:5]), "R@10": any(right[:10]),
+                       "P@10": sum(right[:10]) / min(10, len(gallery)),
                        "MnR": np.mean(top) if top else 11, "MdR": np.median(top) if top else 11,
                        "first": ranks[0] if ranks else len(candidates) + 1,
                        "relevant": len(ranks), "candidates": len(candidates)})
@@ -433,8 +435,8 @@ def test_demo_sets_models_side_by_side(here, command):
     assert printed.count("| ct -> mri ") == 5 and "| chance " in printed
     assert "seen in pretraining: 0 of 72 (pixels)" in printed
     assert "paper" not in printed and not any(row["paper"] for row in rows)  # phantoms are not its data
-    with Image.open("demo.png") as image:
-        assert image.size[0] > 3 * 192 and image.size[1] > 3 * 192
+    with Image.open("demo.png") as image:  # a row for each modality: the query and its top 3
+        assert 4 * 192 < image.size[0] < 5 * 192 and 3 * 192 < image.size[1] < 4 * 192 + 3 * 42
 
 
 def test_poolings_from_one_pass(here, command):
