@@ -1,14 +1,15 @@
-"""How fast the stages are, each beside a peer doing the same work; the tables are in docs/benchmarks.md.
+"""How fast the stages are, each beside a peer that does the same; docs/benchmarks.md holds the tables.
 
-    pip install monai faiss-cpu               # the peers, needed here only; without one its column stays empty
-    python tests/benchmark.py mae             # one row of ROWS below, or: all
+    pip install monai einops faiss-cpu        # the peers, needed here only; a missing one leaves its part out
+    python tests/benchmark.py mae             # one of the rows below, or: all
 
-Ours and the peer take turns in one process, on inputs made here; what counts is the ratio of a round, of which
-the smallest, the median and the largest are printed. On a CPU everything runs on one thread (but for allpairs)
-and CPU seconds are taken, which a busy neighbour stretches less than time on the wall. On a GPU the blocks are
-compiled, steps run in bf16 under autocast, and the clock waits for the device. No test is timed.
+Ours and the peer take turns in one process, on inputs made here. What counts is their ratio, printed as the
+median of the rounds and their smallest and largest. A CPU works with one thread (but for all pairs) and CPU
+seconds are taken, which a busy neighbour stretches less than time on the wall. On a GPU blocks are compiled,
+networks run in bf16 under autocast, and the clock waits for the device. No test is timed.
 """
 import argparse
+import importlib
 import logging
 import math
 import os
@@ -24,100 +25,72 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import embed  # noqa: E402
-import evaluate  # noqa: E402
-import mae  # noqa: E402
-import model  # noqa: E402
-import phantoms  # noqa: E402
-import prepare  # noqa: E402
-import simdino  # noqa: E402
-import train  # noqa: E402
-
-try:
-    import monai
-    from monai import transforms
-except ImportError:
-    monai = None
-try:
-    import faiss  # exact search on CPUs
-except ImportError:
-    faiss = None
+import embed, evaluate, mae, model, phantoms, prepare, simdino, train  # noqa: E401, E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-IMAGE, VIDEO, VOLUME = (1, 256, 256, 1), (3, 256, 256, 16), (1, 256, 256, 64)  # (C, H, W, S), Sec. 3.4
+SAMPLES = {"image": (1, 256, 256, 1), "video": (3, 256, 256, 16), "volume": (1, 256, 256, 64)}  # Sec. 3.4
+SMALL_VOLUME = (1, 128, 128, 32)
+
+
+def peer(name):
+    """A module that may be missing, then None."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        print(f"{name} is not installed: no comparison with it")
 
 
 # ---- clocks -----------------------------------------------------------------------------------------------
-def clock():
-    """Seconds: of this process's CPU, or on the wall once the GPU has finished."""
-    if not GPU:
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def seconds(call, repeat=1):
+    """Of one call: CPU seconds of this process, or on the wall until the GPU has finished."""
+    clock, wait = (time.perf_counter, torch.cuda.synchronize) if GPU else (time.process_time, lambda: None)
+    wait()
     start = clock()
     for _ in range(repeat):
         call()
+    wait()
     return (clock() - start) / repeat
 
 
 def in_turn(calls, rounds=5, repeat=1):
-    """calls {name: function} take turns -> {name: seconds of each round (rounds,)}; one more round warms up."""
+    """calls {name: function} take turns -> {name: seconds (rounds,)}; a round before the first warms up."""
     times = {name: [] for name in calls}
-    for number in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, call in calls.items():
-            taken = seconds(call, repeat)
-            if number > 0:
-                times[name].append(taken)
-    return {name: np.array(taken) for name, taken in times.items()}
+            times[name].append(seconds(call, repeat))
+    return {name: np.array(taken[1:]) for name, taken in times.items()}
 
 
-def compare(title, calls, **how):
-    """Print a row: median seconds of each call, and how many times as long as the first the others take."""
-    times = in_turn(calls, **how)
-    ours = next(iter(times.values()))
-    cells = [f"{name} {np.median(taken):.4g} s" for name, taken in times.items()]
-    for name, taken in list(times.items())[1:]:
-        ratio = taken / ours
+def show(title, times, note=""):
+    """Print a row: times {name: seconds (rounds,)} and how many times as long as ours the others take."""
+    cells = [f"{name} {np.median(taken):.3g} s" for name, taken in times.items()]
+    for name in list(times)[1:]:
+        ratio = times[name] / times["ours"]
         cells.append(f"{name} / ours {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})")
-    print(f"| {title} | {' | '.join(cells)} |", flush=True)
-    return times
+    print("|", " | ".join([title, *cells, note]), flush=True)
 
 
 def in_child(task):
-    """task() in a forked process, so that its memory can be told -> (its float, peak MiB, of these at the start)."""
+    """task() in a forked process -> the number it returns, peak memory of the process in MiB."""
     reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        warnings.simplefilter("ignore")
-        status = 1
+    if os.fork() == 0:
         try:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            answer = task()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            os.write(writer, f"{answer} {peak} {pages * resource.getpagesize() / 2**20}".encode())
-            status = 0
-        finally:
-            if status:
-                traceback.print_exc()
-            os._exit(status)
+            answer, usage = task(), resource.getrusage(resource.RUSAGE_SELF)
+            os.write(writer, f"{answer} {usage.ru_maxrss / 2**10}".encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)  # nothing of the parent's runs twice
     os.close(writer)
     with open(reader) as pipe:
         answer = pipe.read().split()
-    os.waitpid(pid, 0)
-    return tuple(map(float, answer)) or (math.nan,) * 3
-
-
-def exponent(sizes, costs):
-    """p of costs ~ sizes^p, by least squares of the logarithms."""
-    return np.polyfit(np.log(sizes), np.log(costs), 1)[0]
+    os.wait()
+    return tuple(map(float, answer)) or (math.nan, math.nan)
 
 
 # ---- training steps ---------------------------------------------------------------------------------------
@@ -129,24 +102,21 @@ def build(ssl, arch, local_views=simdino.LOCAL_VIEWS_2D):
     else:
         width = min(512, model.ARCHS[arch][0])
         method = mae.MAE(model.ViT(arch), decoder_dim=width, decoder_heads=width // 32)
-    method.to(DEVICE)
-    if GPU:
-        torch._dynamo.config.recompile_limit = 64
-        for block in method.modules():
-            if isinstance(block, model.Block):
-                block.compile(dynamic=False)
-    return method, train.make_optimizer(method)
+    for block in method.modules():
+        if GPU and isinstance(block, model.Block):
+            block.compile(dynamic=False)
+    return method.to(DEVICE), train.make_optimizer(method.to(DEVICE))
 
 
-def update(method, optimizer, loss):
+def update(network, optimizer, loss):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in method.parameters() if p.requires_grad], 3.0)
+    torch.nn.utils.clip_grad_norm_([p for p in network.parameters() if p.requires_grad], 3.0)
     optimizer.step()
 
 
 def step(method, optimizer, x, forward=None):
-    """One optimizer update on x (B, C, H, W, S) as in train.fit: inputs, forward, backward, AdamW, teacher."""
+    """One update on x (B, C, H, W, S) as in train.fit: inputs, forward, backward, AdamW, teacher."""
     inputs = method.inputs(x, torch.Generator().manual_seed(0))
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
         loss = (forward or method)(*inputs)[0]
@@ -155,283 +125,286 @@ def step(method, optimizer, x, forward=None):
 
 
 def flops(method, x):
-    """Matrix products of a step on x, forward and backward, recomputation and view-making left out.
+    """Matrix products of a step's networks, forward and backward, without recomputation, views and loss.
 
-    Counted on the meta device, where attention is two products: the CPU's fused attention is not counted.
+    Counted on the meta device, where attention is two products: the CPU's fused one is not counted. The
+    method stays there, without weights.
     """
     inputs = method.inputs(x, torch.Generator().manual_seed(0))
-    inputs = [[view.to("meta") for view in part] if isinstance(part, list) else part.to("meta")
-              for part in inputs]
+    method.to("meta")
     with FlopCounterMode(display=False) as counter:
-        method.to("meta")(*inputs)[0].backward()
+        if isinstance(method, simdino.SimDINO):
+            both, local = (torch.cat(views).to("meta") for views in (inputs[0][:2], inputs[0][2:]))
+            method.teacher(both)  # takes no gradient
+            (method.student(both).sum() + method.student(local).sum()).backward()
+        else:
+            method(*(part.to("meta") for part in inputs))[0].backward()
     return counter.get_total_flops()
 
 
 def peak():
-    """FLOP/s of a large square matrix product, in the number format of a step: the best of ten."""
+    """FLOP/s of a large matrix product in the number format of a step, the best of ten."""
     n, dtype = (8192, torch.bfloat16) if GPU else (2048, torch.float32)
     a = torch.randn(n, n, device=DEVICE, dtype=dtype)
     return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(10))
 
 
-# ---- rows -------------------------------------------------------------------------------------------------
-def mae_row():
-    """A MAE step beside MONAI's, as it is and with its blocks switched to fused attention."""
-    arch, decoder = ("vit_b", 512) if GPU else ("vit_t", 192)
+# ---- rows: training ---------------------------------------------------------------------------------------
+def monai_step(x, arch, decoder_dim, fused):
+    """A step on x of MONAI's masked autoencoder of the same sizes, with or without fused attention."""
     width, depth, heads = model.ARCHS[arch]
-    for B, shape in ((4, (1, 128, 128, 32)), (1, VOLUME)):
-        grid = [n // p for n, p in zip(shape[1:], model.PATCH_SIZE)]
+    net = peer("monai.networks.nets").MaskedAutoEncoderViT(
+        3, x.shape[2:], model.PATCH_SIZE, width, 4 * width, depth, heads, 0.75, decoder_dim, 4 * decoder_dim,
+        8, decoder_dim // 32, pos_embed_type="learnable", decoder_pos_embed_type="learnable", qkv_bias=True)
+    for block in net.modules():
+        if hasattr(block, "use_flash_attention"):
+            block.use_flash_attention = fused
+    optimizer = torch.optim.AdamW(net.to(DEVICE).parameters(), fused=True)
+
+    def one():
+        full = model.expand(model.normalize(x))  # (B, 3, H, W, S)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+            prediction, hidden = net(full)  # (B, N, P), (B, N)
+        error = (prediction.float() - model.patchify(full)).square().mean(dim=2)  # (B, N)
+        update(net, optimizer, (error * hidden).sum() / hidden.sum())
+    return one
+
+
+def mae_row():
+    """A MAE step beside MONAI's, as it comes and with its attention switched to the fused one."""
+    arch, width = ("vit_b", 512) if GPU else ("vit_t", 192)
+    for B, shape, rounds in ((4, SMALL_VOLUME, 5), (1, SAMPLES["volume"], 2)):
         x = torch.rand(B, *shape, device=DEVICE)
-        method, optimizer = build("mae", arch)
-        calls = {"ours": lambda: step(method, optimizer, x)}
-
-        def peer(fused):
-            net = monai.networks.nets.MaskedAutoEncoderViT(
-                3, shape[1:], model.PATCH_SIZE, width, 4 * width, depth, heads, 0.75, decoder, 4 * decoder, 8,
-                decoder // 32, pos_embed_type="learnable", decoder_pos_embed_type="learnable", qkv_bias=True)
-            for block in net.modules():
-                if hasattr(block, "use_flash_attention"):
-                    block.use_flash_attention = fused
-            net.to(DEVICE)
-            adamw = torch.optim.AdamW(net.parameters(), fused=True)
-
-            def one_step():
-                full = model.expand(model.normalize(x))  # (B, 3, H, W, S)
-                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
-                    prediction, hidden = net(full)  # (B, N, P), (B, N)
-                error = (prediction.float() - model.patchify(full)).square().mean(dim=2)  # (B, N)
-                update(net, adamw, (error * hidden).sum() / hidden.sum())
-            return one_step
-
-        if monai:
-            calls |= {"MONAI": peer(False), "MONAI fused": peer(True)}
-        compare(f"MAE step, {arch}, {math.prod(grid)} tokens, batch {B}", calls, rounds=2 if B == 1 else 5)
+        ours = build("mae", arch)
+        calls = {"ours": lambda: step(*ours, x)}
+        if peer("monai"):
+            calls |= {name: monai_step(x, arch, width, name != "MONAI") for name in ("MONAI", "MONAI fused")}
+        tokens = math.prod(shape) // math.prod(model.PATCH_SIZE)
+        show(f"MAE step, {arch}, {tokens} tokens, batch {B}", in_turn(calls, rounds))
 
 
 def simdino_row():
     """A SimDINO step beside a plain loop: one forward of each view, for the student and for the teacher."""
-    for title, arch, B, shape, views in (("image, 10 local views", "vit_t", 4, IMAGE, 10),
-                                         ("volume, 4 local views", "vit_t", 2, (1, 128, 128, 32), 4)):
-        x = torch.rand(B, *shape, device=DEVICE)
-        method, optimizer = build("simdino", arch, views)
+    for title, B, shape in (("image", 4, SAMPLES["image"]), ("volume of 512 tokens", 2, SMALL_VOLUME)):
+        x, (method, optimizer) = torch.rand(B, *shape, device=DEVICE), build("simdino", "vit_t")
 
-        def loop(crops):
+        def loop(views):
             with torch.no_grad():
-                teacher = torch.stack([method.teacher(crop) for crop in crops[:2]])  # (2, B, d)
-            student = torch.stack([method.student(crop) for crop in crops])  # (V, B, d)
-            return simdino.simdino_loss(student, teacher)
-
-        compare(f"SimDINO step, {arch}, {title}, batch {B}", {
-            "ours": lambda: step(method, optimizer, x), "loop": lambda: step(method, optimizer, x, loop)})
+                teacher = torch.stack([method.teacher(view) for view in views[:2]])  # (2, B, d)
+            return simdino.simdino_loss(torch.stack([method.student(view) for view in views]), teacher)
+        calls = {"ours": lambda: step(method, optimizer, x), "loop": lambda: step(method, optimizer, x, loop)}
+        show(f"SimDINO step, vit_t, {title}, batch {B}", in_turn(calls))
 
 
 def monai_views(shape, antialias):
     """Algorithm 3 as MONAI's transforms: six pipelines from (1, H, W, S) to a view; ours always antialias."""
+    make = peer("monai.transforms")
+
     def crop(low, high, size):
         least, most = ([int(share**0.5 * n) for n in shape] for share in (low, high))
-        return [transforms.RandSpatialCrop(least, most, random_size=True),
-                transforms.Resize([round(size * n) for n in shape], mode="trilinear", anti_aliasing=antialias)]
-
-    seen = [*crop(*simdino.GLOBAL_AREA, simdino.GLOBAL_SIZE), transforms.RandFlip(0.5, spatial_axis=1),
-            transforms.RandShiftIntensity(simdino.SHIFT, prob=0.5)]
-    smooth = transforms.RandGaussianSmooth(*[simdino.BLUR] * 3, prob=0.5)
-    contrast = transforms.RandAdjustContrast(prob=0.5, gamma=simdino.CONTRAST)
+        return [make.RandSpatialCrop(least, most, random_size=True),
+                make.Resize([round(size * n) for n in shape], mode="trilinear", anti_aliasing=antialias)]
+    both = [*crop(*simdino.GLOBAL_AREA, simdino.GLOBAL_SIZE), make.RandFlip(0.5, spatial_axis=1),
+            make.RandShiftIntensity(simdino.SHIFT, prob=0.5)]
+    first = [*both, make.RandGaussianSmooth(*[simdino.BLUR] * 3, prob=0.5)]
+    second = [*both, make.RandAdjustContrast(prob=0.5, gamma=simdino.CONTRAST)]
     local = crop(*simdino.LOCAL_AREA, simdino.LOCAL_SIZE)
-    return [transforms.Compose(steps) for steps in ([*seen, smooth], [*seen, contrast], *[local] * 4)]
+    return [make.Compose(steps) for steps in (first, second, *[local] * 4)]
 
 
 def views_row():
     """The views of one volume beside MONAI's transforms, and their share of a SimDINO step."""
-    x, generator = torch.rand(1, *VOLUME, device=DEVICE), torch.Generator().manual_seed(0)
-    calls = {"ours": lambda: simdino.make_views(x, generator=generator)}
-    if monai:
-        plain, smooth = (monai_views(VOLUME[1:], antialias) for antialias in (False, True))
-        calls["MONAI"] = lambda: [view(x[0]) for view in plain]
-        calls["MONAI antialiased"] = lambda: [view(x[0]) for view in smooth]
-    # A round takes twelve draws of what is random: a blur happens in half of MONAI's, and takes most of its time.
-    views = np.median(compare("six views of 256 x 256 x 64", calls, rounds=5, repeat=12)["ours"])
+    x = torch.rand(1, *SAMPLES["volume"], device=DEVICE)
+    calls = {"ours": lambda: simdino.make_views(x)}
+    if peer("monai"):
+        plain, smooth = (monai_views(x.shape[2:], antialias) for antialias in (False, True))
+        calls |= {"MONAI": lambda: [view(x[0]) for view in plain],
+                  "MONAI antialiased": lambda: [view(x[0]) for view in smooth]}
+    times = in_turn(calls, repeat=12)  # draws of what is random: MONAI blurs half of them, at great cost
     method, optimizer = build("simdino", "vit_t")
-    whole = np.median(in_turn({"step": lambda: step(method, optimizer, x)}, rounds=2)["step"])
-    print(f"| views, share of a SimDINO step of vit_t, {whole:.3g} s | {views / whole:.1%} |")
+    whole = in_turn({"": lambda: step(method, optimizer, x)}, rounds=2)[""].min()
+    share = np.median(times["ours"]) / whole
+    show("six views of 256 x 256 x 64", times, f"ours are {share:.1%} of a vit_t step of {whole:.3g} s")
 
 
+def flops_row():
+    """FLOPs of a step, and the share of the device's rate of matrix products that it reaches."""
+    print(f"| matrix product | {peak() / 1e9:.0f} GFLOP/s")
+    for arch in ("vit_t", "vit_b"):
+        for ssl in ("mae", "simdino"):
+            for title, shape in SAMPLES.items():
+                B = 16 if GPU else 1
+                x, (method, optimizer) = torch.rand(B, *shape, device=DEVICE), build(ssl, arch)
+                rounds = 1 if arch == "vit_b" and not GPU else 3
+                taken = min(seconds(lambda: step(method, optimizer, x)) for _ in range(rounds))
+                rate, work = peak(), flops(method, x)
+                print(f"| {arch} {ssl} {title}, batch {B} | {work / B / 1e12:.3f} TFLOP a sample | "
+                      f"{taken:.2f} s | {work / taken / rate:.0%} of the rate", flush=True)
+
+
+def memory_row():
+    """Memory of a sample in training, activations kept or recomputed; on a GPU the largest batch."""
+    for title, shape in (("1,024 tokens", (1, 128, 128, 64)), ("4,096 tokens", SAMPLES["volume"])):
+        for ssl in ("mae", "simdino"):
+            for label, above in (("kept", math.inf), ("recomputed", 0)):
+                model.RECOMPUTE_ABOVE = above
+                found = (largest_batch if GPU else memory_of_one)(ssl, shape)
+                print(f"| {ssl} volume of {title}, {label} | {found}", flush=True)
+
+
+def largest_batch(ssl, shape):
+    (method, optimizer), B, used = build(ssl, "vit_b"), 1, math.nan
+    try:
+        while True:
+            step(method, optimizer, torch.rand(B, *shape, device=DEVICE))
+            used, B = torch.cuda.max_memory_allocated() / 2**30, 2 * B
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return f"vit_b: {B // 2} fit, with {used:.1f} GiB; {B} do not"
+
+
+def memory_of_one(ssl, shape):
+    def once(B):
+        method, _ = build(ssl, "vit_t")
+        inputs = method.inputs(torch.rand(B, *shape), torch.Generator().manual_seed(0))
+        return seconds(lambda: method(*inputs)[0].backward())
+    (taken, one), (_, two) = (in_child(lambda: once(B)) for B in (1, 2))
+    return f"vit_t: {two - one:.0f} MiB a sample | {taken:.2f} s"
+
+
+# ---- rows: search and files -------------------------------------------------------------------------------
 def search_row():
-    """embed.search beside FAISS's exact index, 2,000 queries x 30,000 candidates x 768, ten neighbours."""
-    generator = torch.Generator().manual_seed(0)
-    queries, gallery = (torch.randn(n, 768, generator=generator).to(DEVICE) for n in (2000, 30000))
+    """embed.search beside FAISS's exact index; leave-one-out retrieval in the largest task, on all cores."""
+    queries, gallery = (torch.randn(n, 768, device=DEVICE) for n in (2000, 30000))
     calls = {"ours": lambda: embed.search(queries, gallery, 10)}
-    if faiss:
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        q, g = (torch.nn.functional.normalize(x, dim=1).cpu().numpy() for x in (queries, gallery))
+    if faiss := peer("faiss"):
+        faiss.omp_set_num_threads(1)
+        q, g = (F.normalize(x, dim=1).cpu().numpy() for x in (queries, gallery))
+        index = faiss.IndexFlatIP(768)
+        index.add(g)
+        calls["FAISS"] = lambda: index.search(q, 10)
+    show("search, 2,000 x 30,000 x 768, top 10", in_turn(calls))
 
-        def exact():
-            index = faiss.IndexFlatIP(768)
-            index.add(g)
-            return index.search(q, 10)
-        same = (exact()[1] == embed.search(queries, gallery, 10)[1].cpu().numpy()).mean()
-        print(f"neighbours that agree in place: {same:.5f}")
-        calls["FAISS"] = exact
-    compare("search 2,000 x 30,000 x 768, top 10", calls)
-
-
-def allpairs_row():
-    """Leave-one-out retrieval of the largest task, 25,687 x 1,536, two of 18 labels each, on all cores."""
-    def task():
+    def all_pairs():
         torch.set_num_threads(os.cpu_count())
-        rng = np.random.default_rng(0)
+        rng, ids = np.random.default_rng(0), list(map(str, range(25687)))
         vectors = rng.standard_normal((25687, 1536), np.float32)
         labels = [tuple(map(str, pair)) for pair in rng.integers(0, 18, (25687, 2))]
-        ids = list(map(str, range(25687)))
         start, wall = time.process_time(), time.perf_counter()
         evaluate.measure(vectors, vectors, labels, labels, [(ids, ids)])
-        print(f"CPU seconds {time.process_time() - start:.1f}", flush=True)
+        cpu = time.process_time() - start
+        print(f"| evaluate.measure, 25,687 x 25,687 x 1,536 | {cpu:.1f} CPU s", end="", flush=True)
         return time.perf_counter() - wall
-    wall, high, _ = in_child(task)
-    print(f"| evaluate.measure 25,687 x 25,687 x 1,536 | {wall:.1f} s on the wall | peak {high:.0f} MiB |")
+    wall, most = in_child(all_pairs)
+    print(f" | {wall:.1f} s on the wall, {os.cpu_count()} cores | peak {most:.0f} MiB")
 
 
-def write_ct(folder, slices=300, side=512):
-    """A noisy ball in air as a DICOM series and as a compressed NIfTI file."""
-    rng, axis = np.random.default_rng(0), np.linspace(-1, 1, side, dtype=np.float32)
-    plane, z = axis[:, None] ** 2 + axis[None] ** 2, np.linspace(-1, 1, slices)  # (side, side), (slices,)
-    ball = plane[..., None] + z**2 < 0.8  # (side, side, slices)
-    hu = (np.where(ball, 40, -1000) + rng.integers(-20, 20, ball.shape)).astype(np.int16)
-    phantoms.write_series(folder / "series", hu, (0.7, 0.7, 1.0), "ball", rng)
-    phantoms.write_nifti(folder / "ct.nii.gz", hu, (0.7, 0.7, 1.0), rng)
-
-
-def ours(path, kind):
+def read_ours(path, kind):
     """One file or series through prepare's own readers -> (C, H, W, S)."""
     files = sorted(map(str, path.iterdir())) if kind == "series" else [str(path)]
     if kind == "series":
-        for file in files:  # the pass over the headers that groups a folder into series
+        for file in files:  # the pass over the headers that finds the series of a folder
             prepare.dicom_header(file)
     job = prepare.Job(files, kind, "xray" if kind == "image" else "ct", id="0" * 16)
     return prepare.decode(job, "", 256, 64, 16)[0]
 
 
-def theirs(path, kind):
+def read_monai(path, kind):
     """The same with MONAI's transforms -> (C, x, y, z)."""
-    volume = kind != "image"
+    make, volume = peer("monai.transforms"), kind != "image"
     reader = {"image": "PILReader", "series": "PydicomReader", "nifti": "NibabelReader"}[kind]
-    steps = [transforms.LoadImage(image_only=True, reader=reader), transforms.EnsureChannelFirst()]
-    steps += [transforms.Orientation("LPS", labels=None)] * volume
-    steps += [transforms.ScaleIntensityRange(*((-1000, 1000) if volume else (0, 255)), 0, 1, clip=True)]
-    return transforms.Compose([*steps, transforms.Resize((256, 256, 64) if volume else (256, 256))])(path)
+    load = [make.LoadImage(image_only=True, reader=reader), make.EnsureChannelFirst()]
+    steps = [make.ScaleIntensityRange(0, 255, 0, 1, clip=True), make.Resize((256, 256))]
+    if volume:
+        steps = [make.Orientation("LPS", labels=None), make.ScaleIntensityRange(-1000, 1000, 0, 1, clip=True),
+                 make.Resize((256, 256, 64))]
+    return make.Compose([*load, *steps])(path)
+
+
+def write_files(folder):
+    """A noisy ball in air as a DICOM series and as NIfTI, and noise as a PNG."""
+    rng, axis = np.random.default_rng(0), np.linspace(-1, 1, 512, dtype=np.float32)
+    plane, z = axis[:, None] ** 2 + axis**2, np.linspace(-1, 1, 300)  # (512, 512), (300,)
+    ball = plane[..., None] + z**2 < 0.8  # (512, 512, 300)
+    hu = (np.where(ball, 40, -1000) + rng.integers(-20, 20, ball.shape)).astype(np.int16)
+    noise = rng.integers(0, 40, (1024, 1024)) + np.arange(1024) // 5
+    Image.fromarray(noise.astype(np.uint8)).save(folder / "image.png")
+    phantoms.write_series(folder / "series", hu, (0.7, 0.7, 1.0), "ball", rng)
+    phantoms.write_nifti(folder / "nifti.nii.gz", hu, (0.7, 0.7, 1.0), rng)
+    return 0
 
 
 def prepare_row():
-    """From file to array of the cache beside MONAI's transforms; CPU seconds and peak memory of one process."""
+    """From file to array of the cache beside MONAI's transforms, each reader in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_ct(folder)
-        noise = np.random.default_rng(0).integers(0, 40, (1024, 1024)) + np.arange(1024) // 5
-        Image.fromarray(noise.astype(np.uint8)).save(folder / "xray.png")
-        for name, kind, title, repeat in (("xray.png", "image", "PNG 1024 x 1024", 20),
-                                          ("series", "series", "300 DICOM slices of 512 x 512", 1),
-                                          ("ct.nii.gz", "nifti", "NIfTI .nii.gz 512 x 512 x 300", 1)):
-            readers, found = {"ours": ours} | ({"MONAI": theirs} if monai else {}), {}
-
+        in_child(lambda: write_files(folder))  # whose memory the readers' processes do not begin with
+        for title, name, repeat in (("PNG 1024 x 1024", "image.png", 20),
+                                    ("300 DICOM slices 512 x 512", "series", 1),
+                                    ("NIfTI .nii.gz 512 x 512 x 300", "nifti.nii.gz", 1)):
             def take(read):
-                logging.disable()  # MONAI tells each time which readers it lacks
+                logging.disable()  # MONAI tells each time which decoders it lacks
+                kind = name.partition(".")[0]
                 read(folder / name, kind)  # imports and first calls are not the file's
-                return seconds(lambda: read(folder / name, kind), repeat)
-            for _ in range(3):
-                for who, read in readers.items():
-                    found.setdefault(who, []).append(in_child(lambda: take(read)))
-            found = {who: np.array(rounds) for who, rounds in found.items()}  # (3, 3)
-            cells = [f"{who} {np.median(f[:, 0]):.3f} s, {f[:, 1].max():.0f} MiB" for who, f in found.items()]
-            if monai:
-                ratio = found["MONAI"][:, 0] / found["ours"][:, 0]
-                cells.append(f"MONAI / ours {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})")
-            print(f"| {title} | {' | '.join(cells)} |", flush=True)
+                start = time.process_time()
+                for _ in range(repeat):
+                    read(folder / name, kind)
+                return (time.process_time() - start) / repeat
+            readers = {"ours": read_ours} | ({"MONAI": read_monai} if peer("monai") else {})
+            rounds = [[in_child(lambda: take(read)) for read in readers.values()] for _ in range(3)]
+            found = np.array(rounds)  # (3 rounds, readers, 2)
+            peaks = ", ".join(f"{who} {most:.0f}" for who, most in zip(readers, found[..., 1].max(axis=0)))
+            show(title, dict(zip(readers, found[..., 0].T)), f"peak MiB: {peaks}")
 
 
-def flops_row():
-    """FLOPs a sample and the share of this device's matrix product rate that a step reaches."""
-    print(f"| matrix product | {peak() / 1e9:.0f} GFLOP/s |")
-    for arch in ("vit_t", "vit_b"):
-        for ssl in ("mae", "simdino"):
-            for title, shape in (("image", IMAGE), ("video", VIDEO), ("volume", VOLUME)):
-                B = 16 if GPU else 2 if arch == "vit_t" and title == "image" else 1
-                x = torch.rand(B, *shape, device=DEVICE)
-                method, optimizer = build(ssl, arch)
-                taken = [seconds(lambda: step(method, optimizer, x)) for _ in range(1 if arch == "vit_b" else 2)]
-                work = flops(method, x)  # leaves the method without weights
-                print(f"| {arch} {ssl} {title}, batch {B} | {work / B / 1e12:.3f} TFLOP a sample | "
-                      f"{min(taken):.2f} s | {work / min(taken) / peak():.0%} of the rate |", flush=True)
+def fit(title, sizes, costs):
+    """Print the exponent p of costs ~ sizes^p, by least squares of the logarithms."""
+    p = np.polyfit(np.log(sizes), np.log(costs), 1)[0]
+    sizes, costs = ", ".join(map(str, sizes)), ", ".join(f"{cost:.3g}" for cost in costs)
+    print(f"| {title} {sizes} | {costs} s | exponent {p:.2f}", flush=True)
 
 
 def scaling_row():
-    """How cost grows: fitted exponents of a step in its tokens, search in the gallery, prepare in the files."""
-    method, optimizer = build("mae", "vit_t")
-    sizes = (4, 16, 64, 256) if GPU else (4, 8, 16, 32)
-    x = [torch.rand(1, 1, 128, 128, S, device=DEVICE) for S in sizes]
-    costs = [in_turn({"": lambda: step(method, optimizer, part)}, rounds=3)[""].min() for part in x]
-    tokens = [64 * S // 4 for S in sizes]
-    print(f"| MAE step, vit_t, {tokens} tokens | {np.round(costs, 3)} s | exponent {exponent(tokens, costs):.2f} |")
-    galleries, queries = [10_000 * 2**k for k in range(4)], torch.randn(500, 256, device=DEVICE)
-    gallery = torch.randn(galleries[-1], 256, device=DEVICE)
-    costs = [in_turn({"": lambda: embed.search(queries, gallery[:n], 10)}, rounds=3)[""].min() for n in galleries]
-    print(f"| search, 500 queries, {galleries} | {np.round(costs, 3)} s | exponent {exponent(galleries, costs):.2f} |")
-    files, costs = (1, 200, 400, 800, 1600), []
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for n in files:  # the first one is what starting the program costs
-            (folder / str(n)).mkdir()
+    """How cost grows: a step with its tokens, search with the gallery, prepare with the files."""
+    def best(call):
+        return in_turn({"": call}, rounds=3)[""].min()
+    for ssl in ("mae", "simdino"):
+        (method, optimizer), depths = build(ssl, "vit_t"), (8, 16, 32, 64)
+        x = [torch.rand(1, 1, 128, 128, S, device=DEVICE) for S in depths]
+        costs = [best(lambda: step(method, optimizer, part)) for part in x]
+        fit(f"{ssl} step, vit_t, tokens", [16 * S for S in depths], costs)
+    queries, gallery = (torch.randn(n, 256, device=DEVICE) for n in (500, 80_000))
+    sizes = (10_000, 20_000, 40_000, 80_000)
+    fit("search, candidates", sizes, [best(lambda: embed.search(queries, gallery[:n], 10)) for n in sizes])
+    files, costs = (1, 200, 400, 800, 1600), []  # one file costs what starting the program does
+    for n in files:
+        with tempfile.TemporaryDirectory() as folder:
             for i in range(n):
                 noise = np.random.default_rng(i).integers(0, 256, (128, 128), dtype=np.uint8)
-                Image.fromarray(noise).save(folder / str(n) / f"{i}.png")
+                Image.fromarray(noise).save(f"{folder}/{i}.png")
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, Path(prepare.__file__), "folder", folder / str(n), "--modality", "xray",
-                            "--out", folder / f"cache{n}", "--size", "64", "--workers", "1"],
-                           check=True, capture_output=True)
+            flags = f"{folder} --modality xray --size 64 --workers 1 --out {folder}/cache".split()
+            command = [sys.executable, prepare.__file__, "folder", *flags]
+            subprocess.run(command, check=True, capture_output=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    costs = np.array(costs[1:]) - costs[0]
-    print(f"| prepare, {files[1:]} PNG | {costs.round(2)} s | exponent {exponent(files[1:], costs):.2f} |")
-
-
-def memory_row():
-    """Memory a sample takes in forward and backward, activations kept or recomputed; on a GPU the largest batch."""
-    for title, shape in (("volume, 1,024 tokens", (1, 128, 128, 64)), ("volume, 4,096 tokens", VOLUME)):
-        for ssl in ("mae", "simdino"):
-            for label, above in (("kept", math.inf), ("recomputed", 0)):
-                model.RECOMPUTE_ABOVE = above
-                if GPU:
-                    method, optimizer = build(ssl, "vit_b")
-                    B = 1
-                    try:
-                        while True:
-                            torch.cuda.reset_peak_memory_stats()
-                            step(method, optimizer, torch.rand(B, *shape, device=DEVICE))
-                            used, B = torch.cuda.max_memory_allocated() / 2**30, 2 * B
-                    except torch.OutOfMemoryError:
-                        torch.cuda.empty_cache()
-                    print(f"| vit_b {ssl} {title}, {label} | batch {B // 2} fits | {used:.1f} GiB |", flush=True)
-                    continue
-
-                def one_pass(B):
-                    method, _ = build(ssl, "vit_t")
-                    inputs = method.inputs(torch.rand(B, *shape), torch.Generator().manual_seed(0))
-                    return seconds(lambda: method(*inputs)[0].backward())
-                (once, one, _), (_, two, _) = (in_child(lambda: one_pass(B)) for B in (1, 2))
-                print(f"| vit_t {ssl} {title}, {label} | {two - one:.0f} MiB a sample | {once:.2f} s |", flush=True)
+            costs.append(sum(after[:2]) - sum(before[:2]))
+    fit("prepare, PNG files", files[1:], np.array(costs[1:]) - costs[0])
 
 
 ROWS = {row.__name__.removesuffix("_row"): row for row in (
-    mae_row, simdino_row, views_row, search_row, allpairs_row, prepare_row, flops_row, scaling_row, memory_row)}
+    mae_row, simdino_row, views_row, search_row, prepare_row, flops_row, scaling_row, memory_row)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("row", choices=[*ROWS, "all"])
     chosen = parser.parse_args().row
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # as train.py: one static graph for each shape
     device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
-    versions = [f"{m.__name__} {m.__version__}" if m else "a peer is missing" for m in (torch, monai, faiss)]
-    print(f"{device}, Python {platform.python_version()}, {', '.join(versions)}")
+    print(f"{device}, Python {platform.python_version()}, torch {torch.__version__}")
     for name in ROWS if chosen == "all" else [chosen]:
         print(f"\n{name}: {ROWS[name].__doc__}", flush=True)
         ROWS[name]()
