@@ -36,9 +36,8 @@ def unit(x):
 
 def stack(samples):
     """Cached samples (C, H, W, S) of one shape -> (B, C, H, W, S); of two depths, all become float32."""
-    if len({sample.dtype for sample in samples}) > 1:
-        samples = [unit(sample) for sample in samples]
-    return torch.stack(samples)  # (B, C, H, W, S)
+    mixed = len({sample.dtype for sample in samples}) > 1
+    return torch.stack([unit(sample) if mixed else sample for sample in samples])  # (B, C, H, W, S)
 
 
 def normalize(x):
@@ -279,12 +278,13 @@ def read_picture_flags(parser, out):
 
 
 def save_montage(path, rows, gap=4):
-    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG: a grid whose cells fit the largest tile."""
-    height, width = (max(tile.shape[axis] for row in rows for tile in row) + gap for axis in (1, 2))
-    sheet = torch.full((3, len(rows) * height, max(map(len, rows)) * width), 0.25)
+    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG: columns as wide as the widest tile."""
+    heights = [gap + max(tile.shape[1] for tile in row) for row in rows]
+    width = gap + max(tile.shape[2] for row in rows for tile in row)
+    sheet = torch.full((3, sum(heights), max(map(len, rows)) * width), 0.25)
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
-            sheet[:, i * height:, j * width:][:, :tile.shape[1], :tile.shape[2]] = tile
+            sheet[:, sum(heights[:i]):, j * width:][:, :tile.shape[1], :tile.shape[2]] = tile
     pixels = (sheet[:, :-gap, :-gap].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (height, width, 3)
     with atomic_write(path) as file:
         Image.fromarray(pixels.numpy()).save(file, format="PNG")
