@@ -21,8 +21,7 @@ from prepare import MODALITIES, UserError, atomic_write, read_any
 
 ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  # width, depth, heads (4.4)
          "vit_xs": (96, 3, 3)}  # CHOICE: not the paper's; for the demo and small data on a CPU
-PATCH_SIZE = (16, 16, 4)  # Sec. 3.1; the channel part, 3, is fixed
-FRAMES = 16  # of a video, Sec. 3.1
+PATCH_SIZE, FRAMES = (16, 16, 4), 16  # Sec. 3.1; a patch has 3 channels besides, a video so many frames
 REFERENCE_GRID = 16  # cells per axis that positions are measured in: 256 / 16 in plane and 64 / 4 over slices
 RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) recompute their activations
 LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of --init's networks
@@ -214,7 +213,8 @@ def expecting(path, problem="is damaged or not of this program: give a checkpoin
     try:
         yield
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, UnpicklingError) as e:
-        raise UserError(f"{path} {problem} ({type(e).__name__}: {' '.join(str(e).split())[:160]})") from None
+        reason = " ".join(str(e).split()).split(". ")[0][:160]
+        raise UserError(f"{path} {problem} ({type(e).__name__}: {reason})") from None
 
 
 def save_checkpoint(path, encoder, **state):

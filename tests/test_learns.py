@@ -54,7 +54,8 @@ def test_training_beats_its_initialisation_and_pixels(textures, tmp_path):
     found = []
     for steps in (1, 300):
         subprocess.run([sys.executable, ROOT / "train.py", "--ssl", "simdino", "--arch", "vit_xs", "--patch-size", "8",
-                        "--epochs", "75", "--local-views", "2", "--max-steps", str(steps), "--workers", "0",
+                        "--epochs", "75", "--local-views", "2", "--gamma", "0.0078", "--momentum", "0.9",
+                        "--max-steps", str(steps), "--workers", "0",
                         "--data", textures, "--out", tmp_path / "run"], check=True, capture_output=True, cwd=tmp_path)
         encoder = load_encoder(tmp_path / "run" / "checkpoint.pt")
         with torch.no_grad():

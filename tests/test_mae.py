@@ -133,7 +133,8 @@ def test_picture_from_the_command_line(tmp_path, monkeypatch, capsys):
     save_checkpoint(tmp_path / "c.pt", model.encoder, ssl="mae", method=model.config, model=model.state_dict())
     assert load_mae(tmp_path / "c.pt").config == model.config
     Image.effect_noise((80, 60), 40).save(tmp_path / "x.png")
-    run = ["mae.py", tmp_path / "c.pt", tmp_path / "x.png", "--out", tmp_path / "r.png", "--size", "64"]
+    run = ["mae.py", tmp_path / "c.pt", tmp_path / "x.png", "--out", tmp_path / "r.png", "--size", "64",
+           "--modality", "xray"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in run])
     mae.main()
     assert Image.open(tmp_path / "r.png").size == (3 * 64 + 2 * 4, 64) and "mean squared error" in capsys.readouterr().out

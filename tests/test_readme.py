@@ -23,7 +23,7 @@ def commands_of(text):
     lines += re.findall(r"`((?:python|torchrun)[^`\n]*)`", text)
     for line in lines:
         for part in re.split("&&|;|#", line):
-            if found := re.search(r"(?:python|torchrun)\s.*?(\w+\.py)\b(.*)", part):
+            if found := re.search(r"(?:python|torchrun)\s.*?([\w/]+\.py)\b(.*)", part):
                 yield found[1], shlex.split(found[2])
 
 
