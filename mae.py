@@ -88,7 +88,10 @@ class MAE(nn.Module):
         return patchify(expand(x.float(), self.encoder.patch_size[-1]), self.encoder.patch_size)
 
     def loss(self, prediction, target):
-        """L_MAE of Sec. 3.2, in fp32, of hidden patches (B, alpha N, P) -> scalar."""
+        """L_MAE of Sec. 3.2, in fp32, of hidden patches (B, alpha N, P) -> scalar.
+
+        CHOICE: pixels lie in [-1, 1], the paper's in [0, 1]: four times the loss, which Adam does not see.
+        """
         return (prediction.float() - target).square().mean()  # the paper sums over P: P times this mean
 
     def forward(self, x, noise):
