@@ -288,7 +288,7 @@ def test_8_bit_and_deeper_samples_of_one_shape_keep_their_scale(tmp_path, cache)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_write_what_one_writes(cache, checkpoint, tmp_path, processes):
     """Each id exactly once, also where there are more processes than batches."""
-    done = run("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29713",
+    done = run("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
                ROOT / "embed.py",
                cache, "--checkpoint", checkpoint, "--workers", "0", "--out", tmp_path / "many.npz",
                cwd=tmp_path)

@@ -345,4 +345,4 @@ def test_picture_of_a_volume_shows_at_most_eight_of_its_slices(tmp_path, monkeyp
     sample = Namespace(out=tmp_path / "v.png", seed=0), torch.rand(1, 1, 64, 64, 32)
     monkeypatch.setattr(simdino, "read_picture_flags", lambda parser, out: sample)
     simdino.main()
-    assert Image.open(tmp_path / "v.png").size == (8 * 64 + 7 * 4, 7 * 64 + 6 * 4)  # the sample, 2 + 4 views
+    assert Image.open(tmp_path / "v.png").size == (8 * 64 + 7 * 4, 3 * 64 + 4 * 32 + 6 * 4)  # 1, 2 and 4 rows
