@@ -424,6 +424,10 @@ def main():
         parser.error("give one of --task, --embeddings and --scaling, and no torchrun (embed.py knows it)")
     if args.embeddings and len(args.cache or []) != 1 or args.task == "probe" and len(args.pool) > 1:
         parser.error("--embeddings needs one --cache, probe one --pool")
+    idle = args.task and (args.gallery or args.gallery_cache or args.relevance != "any")
+    idle = idle or args.task == "probe" and (args.exclude_same or args.figure)
+    if idle or args.embeddings and (args.checkpoint or args.encoder != "m3ret"):
+        parser.error("a flag that was given has no effect with this --task, or with --embeddings")
     if args.scaling:
         return scaling(args.scaling, args.against)
     results = probe(args) if args.task == "probe" else run_task(args)

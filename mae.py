@@ -94,8 +94,10 @@ class MAE(nn.Module):
         """
         return (prediction.float() - target).square().mean()  # the paper sums over P: P times this mean
 
-    def forward(self, x, noise):
+    def forward(self, x, noise=None):
         """x (B, C, H, W, S) in [-1, 1]; noise (B, N) decides the mask -> scalar loss, {"mse": loss}."""
+        if noise is None:
+            noise = torch.rand(len(x), math.prod(self.encoder.grid(x.shape[2:])), device=x.device)  # (B, N)
         visible, hidden = self.mask(noise)
         latent = self.encode(x, visible)
         prediction = self.decode(latent, visible, hidden, self.encoder.grid(x.shape[2:]))

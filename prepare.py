@@ -53,7 +53,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 MIN_SLICES, MIN_RUN = 8, 16  # CHOICE: fewer slices are no volume; frames of a Kvasir clip (Appendix C)
 SECONDS, MEMORY = 60, 6 << 30  # that a sample may take, and 1 s per MB; bytes beyond the parent's own
 PIXELS = 50_000_000  # of the largest image
-PUBLIC_KEY = b"M3Ret public data"  # the ids of public data sets are the same on every machine
+PUBLIC_KEY = b"M3Ret public data"  # of public data: ids are the same wherever SOURCE is laid out so
 VERSION = 2  # raise when the pixels of a cached sample change
 VIDEO_OPTIONS = {"format_whitelist": "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,asf,h264,hevc",
                  "protocol_whitelist": "file,pipe"}  # an .avi can be a script that opens other files
@@ -96,9 +96,9 @@ def cli(main):
     except (UserError, OSError) as error:  # from a loader process it comes as the last line of a traceback
         message = str(error).strip().split("\n")[-1].removeprefix("prepare.UserError: ")
     except torch.OutOfMemoryError:
-        message = "out of GPU memory; give a smaller batch"
+        message = "out of GPU memory; train.py takes a smaller --batch-size"
     except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from here"
+        message = "interrupted; prepare.py and train.py go on from here, the same command again"
     # The error is gone by now, and with it the frames that held a progress bar: the bar has ended its line.
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 

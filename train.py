@@ -96,7 +96,9 @@ def learning_rate(step, total, warmup, peak):
 
 def select_rows(folders, modalities, fraction):
     """Rows of cache folders that pretraining may see: of the named modalities, never the test split."""
-    rows = [row for folder in folders for row in read_samples(folder) if row["split"] != "test"]
+    rows = [row for folder in folders for row in read_samples(folder)]
+    queried = {row["id"] for row in rows if row["split"] == "test"}  # RadGenome's are CT-RATE's train volumes
+    rows = [row for row in rows if row["id"] not in queried]
     rows.sort(key=lambda row: (row["id"], row["folder"]))  # keyed hashes: fractions are random, nested (4.4)
     groups = [[row for row in rows if row["modality"] == modality] for modality in modalities]
     chosen = [row for group in groups for row in group[:math.ceil(fraction * len(group))]]
@@ -265,7 +267,6 @@ def main():
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    # The data, and a run folder of our own.
     rows = select_rows(args.data, args.modalities, args.data_fraction)
     schedule = Schedule(rows, args, rank, world)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -281,8 +282,7 @@ def main():
     some, none = any_rank(device, path.exists(), not path.exists())
     if some and none:
         raise UserError(f"only some processes see {path}: --out must be one folder shared by all nodes")
-    # The method, untrained. On a GPU its blocks are compiled, one static graph a shape.
-    torch.manual_seed(seed_of(args.seed, 0))  # of its weights
+    torch.manual_seed(seed_of(args.seed, 0))  # of the untrained weights
     simdino, patch_size = args.ssl == "simdino", (args.patch_size, args.patch_size, PATCH_SIZE[-1])
     encoder = ViT(args.arch, patch_size, cls_token=simdino, drop_path=DROP_PATH if simdino else 0.0)
     if args.init:
@@ -291,7 +291,7 @@ def main():
     if device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64  # shapes, with the views of all modalities
         for block in (module for module in method.modules() if isinstance(module, Block)):
-            block.compile(dynamic=False)
+            block.compile(dynamic=False)  # one static graph a shape
     optimizer = make_optimizer(method.to(device))
     about = {"ssl": args.ssl, "method": method.config, "world": world, "total": schedule.total,
              "flags": json.dumps({key: value for key, value in vars(args).items() if key not in FREE_FLAGS}),

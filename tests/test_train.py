@@ -146,6 +146,8 @@ def test_data_fractions_are_nested_and_test_split_and_mri_stay_out(tmp_path):
     assert len(select_rows(folders, ["mri"], 1.0)) == 50
     with pytest.raises(UserError, match="ultrasound"):
         select_rows(folders, ["ultrasound"], 1.0)
+    write_cache(tmp_path / "c", {"ct": (1, 8, 8, 4)}, per_shape=10, seed=2, split="test")  # ten of b, as queries here
+    assert len(select_rows([tmp_path / "b", tmp_path / "c"], ["ct"], 1.0)) == 20
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
