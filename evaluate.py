@@ -290,6 +290,7 @@ def fit_logistic(x, y, l2, multi):
     """Weights (D + 1, L), the bias last, that minimise cross_entropy + l2 / 2 * |w without the bias|^2."""
     w = torch.zeros(x.shape[1] + 1, y.shape[1], requires_grad=True)
     solver = torch.optim.LBFGS([w], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
     def closure():
         solver.zero_grad()
         loss = cross_entropy(x, y, w, multi) + l2 / 2 * w[:-1].square().sum()

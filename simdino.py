@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model import (PATCH_SIZE, denormalize, evenly, expand, init_weights, is_video, normalize, pool,
+from model import (PATCH_SIZE, denormalize, evenly, expand, init_weights, is_video, normalize,
                    read_picture_flags, save_montage)
 from prepare import cli
 
@@ -211,7 +211,7 @@ class Branch(nn.Module):
         self.head.apply(init_weights)
 
     def forward(self, x):
-        z = self.head(pool(self.encoder(x), "cls"))  # (B, d)
+        z = self.head(self.encoder(x)[:, 0])  # (B, d), of the CLS token
         return nn.functional.normalize(z.float(), dim=-1)
 
 
