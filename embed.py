@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from model import ViT, load_encoder, normalize, pool, read_checkpoint, save_montage, stack, take_frames, unit
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
-                     read_samples, sizes_of)
+                     read_recipe, read_samples)
 
 QUERIES, GALLERY, BATCH = 2048, 8192, 16  # rows of one product of a search; samples embedded at a time
 ALIKE = ("encoder", "checkpoint_sha256", "code_sha256", "pool", "sizes")  # in all galleries of a search
@@ -142,7 +142,7 @@ def embed_rows(rows, embed, meta, trained, out, device="cpu", workers=2):
     order = np.argsort(np.concatenate(batches))  # batches hold each row number once
     numbers = np.array([int(row["id"], 16) for row in rows], np.uint64).view(np.int64)  # as in the checkpoint
     seen = None if trained is None else [rows[i]["id"] for i in np.flatnonzero(np.isin(numbers, trained))]
-    meta = json.dumps(meta | {"cache": folder, "sizes": sizes_of(folder), "seen": seen})
+    meta = json.dumps(meta | {"cache": folder, "sizes": read_recipe(folder)[0], "seen": seen})
     with atomic_write(out) as file:
         np.savez(file, embeddings=torch.cat(done)[order], ids=[row["id"] for row in rows], meta=meta)
     print(f"{len(rows)} embeddings in {out}")

@@ -26,6 +26,7 @@ import resource
 import secrets
 import signal
 import sys
+import tempfile
 import warnings
 from collections import Counter, defaultdict, deque, namedtuple
 from pathlib import Path
@@ -54,7 +55,7 @@ MIN_SLICES, MIN_RUN = 8, 16  # CHOICE: fewer slices are no volume; frames of a K
 SECONDS, MEMORY = 60, 6 << 30  # that a sample may take, and 1 s per MB; bytes beyond the parent's own
 PIXELS = 50_000_000  # of the largest image
 PUBLIC_KEY = b"M3Ret public data"  # of public data: ids are the same wherever SOURCE is laid out so
-VERSION = 2  # raise when the pixels of a cached sample change
+VERSION = 3  # raise when the pixels of a cached sample change
 VIDEO_OPTIONS = {"format_whitelist": "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,asf,h264,hevc",
                  "protocol_whitelist": "file,pipe"}  # an .avi can be a script that opens other files
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif"), "nifti": (".nii", ".nii.gz"),
@@ -63,8 +64,7 @@ UNKNOWN_FILE = "not a DICOM, NIfTI, image or video file"
 BURNED_IN = "may show names or dates in its pixels (BurnedInAnnotation is not NO)"
 # One future sample. files: relative to the source, one or the slices or frames; kind: image, video, nifti,
 # dicom, series or clip; key: what the id is made of, where it is not the path.
-Job = namedtuple("Job", "files kind modality labels patient split key notes id",
-                 defaults=((), "", "", "", (), ""))
+Job = namedtuple("Job", "files kind modality labels patient split key id", defaults=((), "", "", "", ""))
 
 
 class UserError(Exception):
@@ -79,12 +79,14 @@ class Note(UserWarning):
     """Something to know about a kept sample, for sources.csv; never quotes the file."""
 
 
-def refuse(bad, reason):  # of a file
+def refuse(bad, reason):
+    """Leave a file out if it is bad."""
     if bad:
         raise Refused(reason)
 
 
-def stop(bad, message):  # the run
+def stop(bad, message):
+    """End the run if it cannot go on."""
     if bad:
         raise UserError(message)
 
@@ -121,11 +123,6 @@ def atomic_write(path, mode=0o666):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def write_text(path, text, mode=0o666):
-    with atomic_write(path, mode) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 # ---- pixels: everything becomes float32 in [0, 1], then (C, H, W, S) ---------------------------------------
@@ -175,7 +172,7 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
         thin = voxels.shape.index(1)
         voxels = np.moveaxis(voxels, thin, 0)[:, ::-1 if thin else 1]  # (1, rows, columns)
         slices, spacing = 1, np.r_[spacing[thin], np.delete(spacing, thin)]
-    low, high, background = (*HU_RANGE, HU_RANGE[0]) if modality == "ct" else (-np.inf, np.inf, 0.0)
+    low, high = HU_RANGE if modality == "ct" else (-np.inf, np.inf)
     eye = torch.eye(len(voxels))[None, None]  # antialiased: plain interpolation skips some of many slices
     weights = F.interpolate(eye, (slices, len(voxels)), mode="bilinear", antialias=True)[0, 0]  # (slices, S)
     planes = []
@@ -185,7 +182,7 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
         x = x.mul_(slope).add_(intercept)  # HU for CT
         if voxels.dtype.kind == "f" and not x.sum().isfinite():
             warnings.warn("NaN or infinite voxels set to the background", Note)
-            x = x.where(x.isfinite(), torch.tensor(background))
+            x = torch.where(x.isfinite(), x, low if modality == "ct" else 0.0)
         x = torch.tensordot(row[first:last + 1], x.clamp_(low, high), dims=1)  # (H, W)
         planes.append(resize(x[None, None], size, spacing[1:]))  # (1, 1, h, w)
     x = torch.cat(planes)  # (slices, 1, h, w)
@@ -194,20 +191,15 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
     return pad(x, size)  # (1, size, size, slices)
 
 
-def draw(items, k, seed):
-    """k of the items at random, in order (Sec. 3.4); one pass, any length; too few are repeated evenly."""
-    kept, rng = [], random.Random(seed)
-    for n, item in enumerate(items):
-        slot = n if n < k else rng.randrange(n + 1)  # reservoir sampling: each item is equally likely
-        if slot < k:
-            kept[slot:slot + 1] = [(n, item)]
-    if len(kept) < k:
+def draw(n, k, seed):
+    """k of n places at random, in order (Sec. 3.4); too few are repeated evenly."""
+    if n < k:
         warnings.warn("fewer frames than asked for: repeated evenly", Note)
-    kept.sort(key=lambda pair: pair[0])
-    return [kept[i * len(kept) // k][1] for i in range(k)]
+        return [i * n // k for i in range(k)]
+    return sorted(random.Random(seed).sample(range(n), k))
 
 
-# ---- readers -----------------------------------------------------------------------------------------------
+# ---- readers: frames (h, w[, 3]) and whether they are deeper than 8 bits, or a volume ----------------------
 def image_frame(image):
     """An open Pillow image -> (h, w) or (h, w, 3), uint8, or float32 in [0, 1] if it is deeper."""
     image = ImageOps.exif_transpose(image)
@@ -224,13 +216,13 @@ def image_frame(image):
 
 
 def read_image(path, count=1, seed=0):
-    """PNG, JPEG, TIFF or GIF -> (frames, deeper than 8 bits?); several pages are a video: `count` of them."""
+    """PNG, JPEG, TIFF or GIF; several pages are a video: `count` of them."""
     image, frames = Image.open(path, formats=("PNG", "JPEG", "TIFF", "GIF")), []
     size, deep = image.size, image.mode[0] in "IF"
     pages = [n for n, page in enumerate(ImageSequence.Iterator(image)) if page.size == size]  # no thumbnails
-    numbers = [0] if len(pages) == 1 or image.format == "MPO" else draw(pages, count, seed)  # MPO: one photo
-    for n in numbers:
-        image.seek(n)
+    one = len(pages) == 1 or image.format == "MPO"  # a photo and its previews
+    for n in [0] if one else draw(len(pages), count, seed):
+        image.seek(pages[n])
         frames.append(image_frame(image))
     return frames, deep
 
@@ -238,16 +230,13 @@ def read_image(path, count=1, seed=0):
 def read_video(source, count, seed):
     """AVI, MP4, MOV ... (path or bytes) -> `count` frames (h, w, 3) uint8, in one decoding pass."""
     with iio.imopen(source, "r", plugin="pyav", options=VIDEO_OPTIONS, metadata_errors="ignore") as video:
-        declared = video.properties(index=...).n_images
-        if not declared:  # the container does not say: any frame may be the last
-            return draw(video.iter(thread_count=1), count, seed)
-        numbers = draw(range(declared), count, seed)
-        frames = {n: None for n in sorted(numbers)}
+        length = video.properties(index=...).n_images or sum(1 for _ in video.iter(thread_count=1))
+        numbers, frames = draw(length, count, seed), {}
         try:
-            for n in frames:  # what lies between is decoded, but not converted: that takes as long again
+            for n in sorted(set(numbers)):  # what lies between is decoded but not converted, the longer part
                 frames[n] = video.read(index=n, constant_framerate=False, thread_count=1)
         except StopIteration:
-            raise Refused(f"damaged, ends before frame {n} of the {declared} it declares") from None
+            raise Refused(f"damaged, ends before frame {n} of the {length} it declares") from None
         return [frames[n] for n in numbers]
 
 
@@ -267,7 +256,7 @@ def read_nifti(path):
     return voxels[..., 0], image.affine, proxy.slope, proxy.inter
 
 
-# Coarse parts of the body by the defined terms of BodyPartExamined (PS3.16 annex L) and short forms of them.
+# Coarse parts of the body: the defined terms of BodyPartExamined (PS3.16 annex L), short forms and fillers.
 BODY_PARTS = {
     "head": "HEAD BRAIN SKULL FACE ORBIT JAW MAXILLA NOSE EAR EYE IAC TMJ CEREBELLUM CIRCLEOFWILLIS SINUS",
     "neck": "NECK LARYNX PHARYNX THYROID CAROTID PAROTID", "breast": "BREAST", "hip": "HIP", "elbow": "ELBOW",
@@ -279,20 +268,19 @@ BODY_PARTS = {
     "lspine": "LSPINE LSSPINE SSPINE LUMBARSPINE LUMBOSACRAL", "spine": "SPINE BACK", "thigh": "FEMUR THIGH",
     "shoulder": "SHOULDER SCAPULA AXILLA CLAVICLE", "upper arm": "HUMERUS ARM", "wrist": "WRIST",
     "forearm": "RADIUS ULNA RADIUSULNA FOREARM", "hand": "HAND FINGER THUMB", "knee": "KNEE PATELLA",
-    "lower leg": "LEG TIBIA TIBIAFIBULA CALF", "ankle": "ANKLE", "foot": "FOOT TOE CALCANEUS"}
-REGIONS = re.compile("HEAD|NECK|CHEST|CHES|CHST|THORAX|ABDOMEN|ABD|AB|PELVIS|PELV|PEL")  # CHESTABDPELVIS
-FILLERS = set("AND TO AP PA LAT LATERAL LEFT RIGHT PORT PORTABLE CT MR XR CTA WITHOUT WITH CONTRAST".split())
+    "lower leg": "LEG TIBIA TIBIAFIBULA CALF", "ankle": "ANKLE", "foot": "FOOT TOE CALCANEUS",
+    "": "AND TO AP PA LAT LATERAL LEFT RIGHT PORT PORTABLE CT MR XR CTA WITHOUT WITH CONTRAST"}
+WORDS = re.compile("|".join(sorted(" ".join(BODY_PARTS.values()).split(), key=len, reverse=True)))
 
 
 def body_parts(*texts):
-    """Coarse parts named by the first of the texts that is, as a whole, a body part or a row of regions."""
+    """Coarse parts named by the first of the texts that consists of known words only, CHESTABDPELVIS too."""
     for text in texts:
-        words = re.sub("[^A-Z0-9]+", " ", str(text or "").upper()).split()
-        for word in ("".join(words), "".join(word for word in words if word not in FILLERS)):
-            roots = [word] if REGIONS.sub("", word) else REGIONS.findall(word)
-            found = tuple(part for part, known in BODY_PARTS.items() if set(roots) & set(known.split()))
-            if found:
-                return found
+        text = re.sub("[^A-Z0-9]+", "", str(text or "").upper())
+        words = WORDS.findall(text)
+        found = tuple(part for part, known in BODY_PARTS.items() if part and set(words) & set(known.split()))
+        if found and "".join(words) == text:
+            return found
     return ()
 
 
@@ -305,6 +293,9 @@ def open_dicom(path, **options):
     ds = pydicom.dcmread(path, force=bare, **options)
     if bare and "TransferSyntaxUID" not in ds.file_meta:
         ds.file_meta.TransferSyntaxUID = pydicom.uid.AllTransferSyntaxes[0 if ds.original_encoding[0] else 1]
+    risky = ds.get("Modality") in ("US", "SC", "XA", "ES")  # where nothing is said
+    if (ds.get("BurnedInAnnotation") or ("YES" if risky else "NO")) != "NO":
+        warnings.warn(BURNED_IN, Note)
     return ds
 
 
@@ -337,19 +328,17 @@ def dicom_frame(ds, frame, modality):
     if stored.ndim == 3:
         return stored / full
     slope, intercept, outside = rescale(ds, frame, stored)
-    x = stored.astype(np.float32) * slope + intercept
-    if ds.get("ModalityLUTSequence"):
-        x = apply_modality_lut(stored, ds).astype(np.float32)
-    if modality == "ct":
-        x = (np.clip(x, *HU_RANGE) - HU_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0])
-        return np.where(outside, np.float32(0), x)
+    lut = ds.get("ModalityLUTSequence")  # goes before slope and intercept
+    x = (apply_modality_lut(stored, ds) if lut else stored * slope + intercept).astype(np.float32)
     shown, width = np.zeros_like(x), np.atleast_1d(ds.get("WindowWidth") or 0)[0]  # some hold an empty one
     windowed = ds.get("VOILUTSequence") or ds.get("WindowCenter") is not None and float(width) >= 1
     if modality == "xray" and windowed:  # PS3.3 C.11.2; two appended extremes come back as black and white
         padded = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))
         padded = apply_voi_lut(padded.astype(np.int32) if ds.get("VOILUTSequence") else padded, ds)
         shown = ((padded[:-2] - padded[-2]) / (padded[-1] - padded[-2])).reshape(x.shape)
-    if not outside.all() and np.ptp(shown[~outside]) > 0:  # a window that shows nothing is a wrong one
+    if modality == "ct":
+        x = (np.clip(x, *HU_RANGE) - HU_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0])
+    elif not outside.all() and np.ptp(shown[~outside]) > 0:  # a window that shows nothing is a wrong one
         x = shown
     elif modality != "mri" and ds.BitsStored <= 8 and not ds.PixelRepresentation:
         x = stored / full
@@ -372,7 +361,7 @@ def read_dicom(path, modality, count, seed):
         if values.shape == (2,) and 0 < values.min() <= values.max() < np.inf:
             spacing = tuple(values)
     frames = int(ds.get("NumberOfFrames") or 1)
-    chosen = draw(range(frames), count, seed) if frames > 1 else [0]
+    chosen = draw(frames, count, seed) if frames > 1 else [0]
     return [dicom_frame(ds, frame, modality) for frame in chosen], ds.BitsStored > 8, spacing
 
 
@@ -395,12 +384,12 @@ def read_series(files, modality):
                 ("PlaneOrientationSequence", "ImageOrientationPatient"),
                 ("PixelMeasuresSequence", "PixelSpacing"), ("PlanePositionSequence", "ImagePositionPatient"))]
             refuse(None in place, "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
+            places.append([float(value) for values in place for value in values])
             slope, intercept, outside = rescale(ds, frame, plane)
             if outside.any() and not outside.all():
                 plane = np.where(outside, min(plane[~outside].min(), np.array(0, plane.dtype)), plane)
             planes.append(plane)
             scales.append((sign * slope, sign * intercept))
-            places.append([float(value) for values in place for value in values])
     places = np.array(places)  # (n, 6 + 2 + 3)
     along_row, along_column, (row_mm, column_mm) = places[0, :3], places[0, 3:6], places[0, 6:8]
     corners = places[:, 8:]  # (n, 3) mm
@@ -413,7 +402,7 @@ def read_series(files, modality):
     refuse(len(order) < MIN_SLICES or np.ptp(places[:, :8], axis=0).max() > 1e-2,
            f"{len(order)} slices, a volume needs {MIN_SLICES} of one direction and spacing")
     gaps, usual = np.diff(z), np.median(np.diff(z))
-    at = int(np.abs(gaps - usual).argmax())
+    at = np.abs(gaps - usual).argmax()
     refuse(abs(gaps[at] - usual) > max(0.05 * usual, 0.1),
            f"gap of {gaps[at]:.1f} mm after slice {at + 1} of {len(order)}, others {usual:.1f} mm")
     affine = np.eye(4)  # between the first slice and the last, so that a tilted gantry stays as it is
@@ -445,29 +434,28 @@ def decode(job, source, size, slices, frames):
             elif job.kind == "dicom":
                 planes, deep, spacing = read_dicom(files[0], job.modality, frames, seed)
             else:
-                planes = [read_image(path)[0][0] for path in draw(files, frames, seed)]
+                planes = [read_image(files[n])[0][0] for n in draw(len(files), frames, seed)]
             x = frames_to_array(planes, len(planes) > 1 or job.modality == "endoscopy", size, spacing)
     x = x.clamp(0, 1).half() if deep else x.mul(255).round().clamp(0, 255).byte()  # (C, H, W, S)
-    return x.numpy(), sorted({*job.notes, *(str(note.message) for note in caught if note.category is Note)})
+    return x.numpy(), sorted({str(note.message) for note in caught if note.category is Note})
 
 
 def cache_sample(job, source, folder, recipe):
     """Make folder/ID.npy of a job, and ID.txt with its notes, if there are any."""
-    path, beside = folder / f"{job.id}.npy", folder / f"{job.id}.txt"
-    if path.exists():  # made before another file of its batch ended the child
-        return
     array, notes = decode(job, source, **{name: recipe[name] for name in SIZES})
     if not (folder / "recipe.json").exists():  # from its first sample on a cache is of one recipe
-        write_text(folder / "recipe.json", json.dumps(recipe))
-    beside.unlink(missing_ok=True)
+        with atomic_write(folder / "recipe.json") as file:
+            file.write(json.dumps(recipe).encode())
+    (folder / f"{job.id}.txt").unlink(missing_ok=True)
     if notes:
-        write_text(beside, "; ".join(notes))
-    with atomic_write(path) as file:  # last: it says that the sample is done
+        with atomic_write(folder / f"{job.id}.txt") as file:
+            file.write("; ".join(notes).encode())
+    with atomic_write(folder / f"{job.id}.npy") as file:  # last: it says that the sample is done
         np.save(file, array, allow_pickle=False)
 
 
 def attempt(task, batch, pipe):
-    """In a child: task(item) of each item, short of time and memory; its answer, or why none, goes back."""
+    """In a child: send task(item) of each item, or why there is none; short of time and memory."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # decoders print what files say
     os.dup2(1, 2)
     for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
@@ -476,22 +464,24 @@ def attempt(task, batch, pipe):
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     torch.set_num_threads(1)
     Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow warns from here, and refuses from twice as many
-    answers = []
     for item in batch:
         signal.alarm(SECONDS)
         try:
-            answers.append(task(item))
+            answer = task(item)
+        except (Refused, UserError) as error:  # a UserError: the cache cannot be written
+            answer = error
         except BaseException as error:  # decoders raise all there is, KeyboardInterrupt included
-            known = isinstance(error, (Refused, UserError))  # a UserError: the cache cannot be written
-            answers.append(error if known else Refused(f"cannot be decoded: {type(error).__name__} {error}"))
-    signal.alarm(0)
-    pipe.send(answers)
+            answer = Refused(f"cannot be decoded: {type(error).__name__} {error}")
+        signal.alarm(0)
+        pipe.send(answer)
 
 
-def guarded(task, batches, workers):
-    """Yield (item, task(item)), or (item, Refused). No file can end or hang the run: a batch whose child died
-    is tried again, each item alone, and only then refused. A UserError ends it."""
-    fork, waiting, running = multiprocessing.get_context("fork"), deque(batches), {}
+def guarded(task, items, workers):
+    """Yield (item, task(item)), or (item, Refused), in any order. No file can end or hang the run: of a batch
+    whose child died the item at work is refused, the rest gets another child. A UserError ends the run."""
+    step = max(1, min(256, len(items) // (8 * workers)))  # a fork costs as much as a few images
+    waiting = deque(deque(items[i:i + step]) for i in range(0, len(items), step))
+    fork, running = multiprocessing.get_context("fork"), {}
     while waiting or running:
         while waiting and len(running) < workers:
             batch, (reader, writer) = waiting.popleft(), fork.Pipe(duplex=False)
@@ -500,30 +490,22 @@ def guarded(task, batches, workers):
             writer.close()
             running[reader] = child, batch
         for reader in multiprocessing.connection.wait(list(running)):
-            child, batch = running.pop(reader)
+            child, batch = running[reader]
             try:
-                answers = reader.recv()
-            except EOFError:  # it died; what it had finished lies in the cache and takes no time again
+                answer = reader.recv()
+            except EOFError:  # it has ended, or died of the item at work
+                del running[reader]
                 child.join()
+                if not batch:
+                    continue
+                waiting.append(batch)
                 cause = "timed out" if child.exitcode == -signal.SIGALRM else "decoder crashed"
-                answers = [Refused(f"{cause} (exit code {child.exitcode})")] if len(batch) == 1 else []
-                waiting.extendleft([item] for item in batch[len(answers):])
-            for item, answer in zip(batch, answers):
-                if isinstance(answer, UserError):
-                    raise answer
-                yield item, answer
+                answer = Refused(f"{cause} (exit code {child.exitcode})")
+            stop(isinstance(answer, UserError), answer)
+            yield batch.popleft(), answer
 
 
 # ---- sources: which files make samples (jobs), and (path, reason) of those left out ------------------------
-def read_recipe(folder):
-    """recipe.json of a cache, {} where there is none that can be read."""
-    try:
-        recipe = json.loads(Path(folder, "recipe.json").read_bytes())
-        return recipe if all(isinstance(recipe[name], int) for name in SIZES) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
 def walk(source, inside=""):
     """Relative paths of the regular files below source/inside, and (path, reason) of everything else."""
     files, left_out = [], []
@@ -531,16 +513,15 @@ def walk(source, inside=""):
         path = os.path.join(inside, entry.name)
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             left_out.append((path, "hidden, not read"))
-        elif not entry.is_dir() and entry.is_file() and entry.stat().st_size:
+        elif entry.is_file() and entry.stat().st_size:
             files.append(path)
-        elif not entry.is_dir():
-            left_out.append((path, "empty, or not a regular file"))
-        elif entry.is_symlink() or read_recipe(entry.path) or not os.access(entry.path, os.R_OK | os.X_OK):
-            left_out.append((path, "link to a folder, a cache of this program, or locked: not read"))
-        else:
+        elif (entry.is_dir(follow_symlinks=False) and os.access(entry, os.R_OK | os.X_OK)
+              and not {"recipe.json", "samples.csv"} <= set(os.listdir(entry))):
             found, others = walk(source, path)
             files += found
             left_out += others
+        else:
+            left_out.append((path, "empty, locked, no regular file, link to a folder or a cache: not read"))
     return files, left_out
 
 
@@ -551,12 +532,10 @@ def read_csv(path, remedy="download or write it again", errors="replace"):
         text = Path(path).read_text("utf-8-sig", errors)
         comma = max(",;", key=text.partition("\n")[0].count)
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
-        head = list(map(str.strip, next(lines, [])))
-        rows = [{"line": lines.line_num} | dict(zip(head, map(str.strip, row))) for row in lines if any(row)]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from error
-    except csv.Error as error:
-        raise UserError(f"{path}: not a table ({error}); {remedy}") from error
+        head = ["line", *map(str.strip, next(lines, []))]
+        rows = [dict(zip(head, [lines.line_num, *map(str.strip, row)])) for row in lines if any(row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a table in UTF-8 ({error}); {remedy}") from error
     stop(not rows, f"{path}: holds no rows; {remedy}")
     return rows
 
@@ -589,11 +568,10 @@ def dicom_header(path):
     head = {tag: str(ds.get(tag) or "") for tag in ("SeriesInstanceUID", "Modality", "PatientID", *PASS_TAGS)}
     direction, place = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
         "ImageOrientationPatient", "ImagePositionPatient"))  # + 0.0, since -0.0 is another text
-    burned = ds.get("BurnedInAnnotation") or ("?" if head["Modality"] in ("US", "SC", "XA", "ES") else "NO")
     texts = "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"
     stack = head["PatientID"], head["SeriesInstanceUID"], int(ds.Rows), int(ds.Columns), direction
     return head | {"stack": stack, "place": place, "frames": int(ds.get("NumberOfFrames") or 1),
-                   "parts": body_parts(*map(ds.get, texts)), "notes": () if burned == "NO" else (BURNED_IN,)}
+                   "parts": body_parts(*map(ds.get, texts))}
 
 
 def one_pass(heads):
@@ -619,14 +597,13 @@ def find_samples(source, files, told, allow_2d, workers):
     jobs = [Job([path], kind, told(path)) for path, kind in kinds.items() if kind]
     others = [path for path, kind in kinds.items() if not kind]  # by its name anything else may be DICOM
     left_out, stacks = [], defaultdict(dict)  # {(patient, series ...): {path: header}}
-    batches = [others[i:i + 256] for i in range(0, len(others), 256)]
-    answers = guarded(lambda path: dicom_header(os.path.join(source, path)), batches, workers)
+    answers = guarded(lambda path: dicom_header(os.path.join(source, path)), others, workers)
     for path, head in tqdm(answers, total=len(others), unit="header", disable=len(others) < 1000):
         if isinstance(head, Refused):
             left_out.append((path, str(head)))
             continue
         modality = told(path) or DICOM_MODALITIES.get(head["Modality"])
-        job = Job([path], "dicom", modality, head["parts"], head["PatientID"], notes=head["notes"])
+        job = Job([path], "dicom", modality, head["parts"], head["PatientID"])
         if modality not in VOLUMES:
             jobs.append(job)
         elif re.search("LOCALIZER|SCOUT", head["ImageType"]):
@@ -656,8 +633,14 @@ def folder(source, files, options):
     `--labels folders`: the name of its folder is a file's label, as torchvision's ImageFolder has it; folders
     named train, val, valid or test, above or below, are splits.
     """
-    by_folder, rows, jobs, used = options.labels == "folders", {}, [], set()
-    if options.labels and not by_folder:
+    rows, jobs = {}, []
+    if options.labels == "folders":
+        for path in files:
+            names = Path(path).parent.parts
+            splits = [SPLITS[name.lower()] for name in names if name.lower() in SPLITS]
+            labels = [name for name in names if name.lower() not in SPLITS]
+            rows[path] = {"labels": tuple(labels[-1:]), "split": "".join(splits[-1:])}
+    elif options.labels:
         rows = read_labels(options.labels)
         files = [path for path in files if not os.path.samefile(os.path.join(source, path), options.labels)]
 
@@ -670,17 +653,13 @@ def folder(source, files, options):
     found, left_out = find_samples(source, files, told, options.allow_2d, options.workers)
     for job in found:
         row = next(filter(None, map(row_of, job.files)), {})
-        labels, split, patient = row.get("labels", job.labels), row.get("split"), row.get("patient")
-        used.update(row_of(path).get("line") for path in job.files)
-        if by_folder:
-            names = Path(job.files[0]).parent.parts
-            labels = tuple(name for name in names if name.lower() not in SPLITS)[-1:]
-            split = "".join([SPLITS[name.lower()] for name in names if name.lower() in SPLITS][-1:])
+        labels, split, patient = row.get("labels", job.labels), row.get("split", ""), row.get("patient")
         if job.modality:
-            jobs.append(job._replace(labels=labels, split=split or "", patient=patient or job.patient))
+            jobs.append(job._replace(labels=labels, split=split, patient=patient or job.patient))
         else:
             left_out += [(path, "modality unknown; give --modality") for path in job.files]
-    unused = [row["line"] for row in rows.values() if row["line"] not in used]
+    used = {name for job in found for path in job.files for name in (path, os.path.dirname(path) or ".")}
+    unused = [row["line"] for name, row in rows.items() if name not in used and "line" in row]
     if unused:
         print(f"warning: {len(unused)} rows of {options.labels} name no sample (line {unused[0]} ...)")
     return jobs, left_out
@@ -697,14 +676,25 @@ def table(*where, **options):
     return [row for path in find_tables(*where, **options) for row in read_csv(path)]
 
 
+# DEVIATION: the paper's 13 categories come from a language model, unpublished; ours hold as many videos, 364.
+HYPER_KVASIR = {finding: category for category, findings in {
+    "polyps": "polyps", "dyed lifted polyps": "dyed lifted polyps", "BBPS 0-1": "bbps 0-1",
+    "BBPS 2-3": "bbps 2-3", "dyed resection margins": "dyed resection margins", "ulcer": "ulcer",
+    "polypectomy": "snare resection/clip placement", "cancer": "cancer/cancer, colorectal",
+    "anastomosis": "anastomosis/cavity of anastomotic leak", "stent": "self-expanding stent",
+    "colitis": "colitis", "landmark": "cecum/pylorus/retroflex stomach/z-line",
+    "other pathology": "barrett's oesophagus/esophagitis/varices/gave/parasites/hemorrhoids"}.items()
+    for finding in findings.split("/")}
+
+
 def by_table(files, suffix, rows, job):
     """job(path, row) of the files whose name or stem is the first cell of a row; the others are left out."""
     rows, jobs, left_out = {list(row.values())[1]: row for row in rows}, [], []  # after its "line"
-    for path in (path for path in files if path.lower().endswith(suffix)):
+    for path in files:
         row = rows.pop(os.path.basename(path), None) or rows.pop(Path(path).stem, None)
         if row:
             jobs.append(job(path, row))
-        else:
+        elif path.lower().endswith(suffix):
             left_out.append((path, "not in the data set's table, or twice here"))
     return jobs, left_out
 
@@ -727,6 +717,14 @@ def fetal_planes(source, files, options):
         [path], "image", "ultrasound", (row["Plane"],), row["Patient_num"], "test"))
 
 
+def hyper_kvasir(source, files, options):
+    """labeled-videos/**/UUID.avi; category by Finding 1 of video-labels.csv, none where no category fits."""
+    def job(path, row):
+        labels = tuple(filter(None, [HYPER_KVASIR.get(row["Finding 1"].lower())]))
+        return Job([path], "video", "endoscopy", labels, "", "test")
+    return by_table(files, SUFFIXES["video"], table(source, files, r"video-labels\.csv"), job)
+
+
 def kvasir_capsule(source, files, options):
     """CLASS/VIDEO_FRAME.jpg: runs of consecutive frames of one class in one video are clips (Appendix C).
 
@@ -742,31 +740,12 @@ def kvasir_capsule(source, files, options):
         numbers = np.array(sorted(numbered))
         for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
             paths = [numbered[number] for number in run.tolist()]
-            reason = f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}"
             if len(paths) >= MIN_RUN:
                 jobs.append(Job(paths, "clip", "endoscopy", (label,), video, "test"))
             else:
+                reason = f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}"
                 left_out += [(path, reason) for path in paths]
     return jobs, left_out
-
-
-# DEVIATION: the paper's 13 categories come from a language model, unpublished; ours hold as many videos, 364.
-HYPER_KVASIR = {finding: category for category, findings in {
-    "polyps": "polyps", "dyed lifted polyps": "dyed lifted polyps", "BBPS 0-1": "bbps 0-1",
-    "BBPS 2-3": "bbps 2-3", "dyed resection margins": "dyed resection margins", "ulcer": "ulcer",
-    "polypectomy": "snare resection/clip placement", "cancer": "cancer/cancer, colorectal",
-    "anastomosis": "anastomosis/cavity of anastomotic leak", "stent": "self-expanding stent",
-    "colitis": "colitis", "landmark": "cecum/pylorus/retroflex stomach/z-line",
-    "other pathology": "barrett's oesophagus/esophagitis/varices/gave/parasites/hemorrhoids"}.items()
-    for finding in findings.split("/")}
-
-
-def hyper_kvasir(source, files, options):
-    """labeled-videos/**/UUID.avi; category by Finding 1 of video-labels.csv, none where no category fits."""
-    def job(path, row):
-        category = HYPER_KVASIR.get(row["Finding 1"].lower())
-        return Job([path], "video", "endoscopy", (category,) if category else (), "", "test")
-    return by_table(files, SUFFIXES["video"], table(source, files, r"video-labels\.csv"), job)
 
 
 def ct_rate(source, files, options):
@@ -832,53 +811,58 @@ def read_key(path):
     if not path:
         return PUBLIC_KEY
     if not os.path.lexists(path):
-        new = f"{path}.{secrets.token_hex(4)}"
-        write_text(new, secrets.token_hex(32), 0o600)
-        with contextlib.suppress(FileExistsError):  # runs that start together all take the key of the first
-            os.link(new, path)
+        folder = os.path.dirname(os.path.abspath(path))
+        with tempfile.NamedTemporaryFile(dir=folder) as new, contextlib.suppress(FileExistsError):
+            new.write(secrets.token_hex(32).encode())
+            new.flush()
+            os.link(new.name, path)  # whole, mode 0600; runs that start together take the first's
             print(f"made the new key {path}: keep it, and keep it apart from the cache")
-        os.unlink(new)
     key = Path(path).read_bytes().strip() if os.path.isfile(path) else b""
     stop(len(key) < 16, f"{path}: no file of at least 16 bytes; name one that does not exist to have it made")
     return key
 
 
+def read_recipe(folder):
+    """What a cache was made with -> its size, slices and frames, and all that must not change."""
+    try:
+        recipe = json.loads(Path(folder, "recipe.json").read_bytes())
+        return {name: int(recipe[name]) for name in SIZES}, recipe
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/recipe.json: missing or damaged; make the cache again") from error
+
+
 def write_csv(path, header, rows, mode=0o666):
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header.split(), *rows])
-    write_text(path, text.getvalue(), mode)
+    with atomic_write(path, mode) as file:
+        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def write_tables(folder, jobs, left_out):
     """samples.csv of the arrays that are there, and what only their owner may see -> notes, rejected rows."""
-    samples, sources, notes, rejected = [], [], [], sorted(set(left_out))
+    samples, sources, rejected = [], [], sorted(set(left_out))
     for job in jobs:
         path, beside = folder / f"{job.id}.npy", folder / f"{job.id}.txt"
         if path.exists():
             shape = "x".join(map(str, load_sample(folder, {"id": job.id}, mmap_mode="r").shape))
             samples.append((job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape))
-            notes.append(beside.read_text() if beside.exists() else "")
-            sources.append((job.id, job.files[0], notes[-1]))
+            sources.append((job.id, job.files[0], beside.read_text() if beside.exists() else ""))
     write_csv(folder / "samples.csv", "id modality labels patient split shape", samples)
     write_csv(folder / "sources.csv", "id path notes", sources, 0o600)
     write_csv(folder / "rejected.csv", "path reason", rejected, 0o600)
-    return notes, rejected
+    return [notes for *_, notes in sources], rejected
 
 
 def read_samples(folder):
     """Rows of samples.csv as dicts: id, modality, labels (tuple), patient, split, shape (4 ints), folder."""
     path, rows = Path(folder, "samples.csv"), {}
     for row in read_csv(path, "make the cache with prepare.py"):
-        line = row.pop("line")
-        try:
-            name, shape = row["id"], tuple(map(int, row["shape"].split("x")))
-            if not re.fullmatch("[0-9a-f]{16}", name) or name in rows or len(shape) != 4 or min(shape) < 1:
-                raise ValueError("id or shape")
-            row["labels"] = tuple(filter(None, row["labels"].split("|")))
-            rows[name] = {key: row[key] for key in ("id", "modality", "labels", "patient", "split")} | {
-                "shape": shape, "folder": str(folder)}
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{path}, line {line}: not as prepare.py wrote it; run it again") from error
+        line, name = row.pop("line"), row.get("id", "")
+        shape = re.fullmatch("([1-9][0-9]*)" + "x([1-9][0-9]*)" * 3, row.get("shape", ""))
+        stop(not shape or not re.fullmatch("[0-9a-f]{16}", name) or name in rows,
+             f"{path}, line {line}: not as prepare.py wrote it; run it again")
+        labels = tuple(filter(None, row["labels"].split("|")))
+        rows[name] = row | {"labels": labels, "shape": tuple(map(int, shape.groups())), "folder": str(folder)}
     return list(rows.values())
 
 
@@ -889,8 +873,8 @@ def load_sample(folder, row, **options):
         array = np.load(path, allow_pickle=False, **options)
     except (OSError, ValueError, EOFError):
         array = np.empty(0)
-    known = array.ndim == 4 and array.dtype in (np.uint8, np.float16)
-    stop(not known or array.shape != tuple(row.get("shape", array.shape)),
+    known = array.dtype in (np.uint8, np.float16) and array.ndim == 4
+    stop(not known or array.shape != row.get("shape", array.shape),
          f"{path}: not the array of samples.csv; delete it and run prepare.py again")
     return array
 
@@ -906,13 +890,6 @@ class CachedDataset(Dataset):
 
     def __getitem__(self, index):
         return torch.from_numpy(load_sample(self.rows[index]["folder"], self.rows[index]))  # (C, H, W, S)
-
-
-def sizes_of(folder):
-    """The size, slices and frames that a cache was made with."""
-    recipe = read_recipe(folder)
-    stop(not recipe, f"{Path(folder, 'recipe.json')}: missing or damaged; make the cache again")
-    return {name: recipe[name] for name in SIZES}
 
 
 def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
@@ -937,9 +914,8 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
     if not job.modality:
         print(f"{path}: taken as {told} (--modality says otherwise)", file=sys.stderr)
     job = job._replace(id=pseudonym(PUBLIC_KEY, path.name), modality=told)
-    _, answer = next(guarded(lambda job: decode(job, source, size, slices, frames), [[job]], 1))
-    if isinstance(answer, Refused):
-        raise UserError(f"{path}: {answer}")
+    _, answer = next(guarded(lambda job: decode(job, source, size, slices, frames), [job], 1))
+    stop(isinstance(answer, Refused), f"{path}: {answer}")
     return told, answer[0]
 
 
@@ -981,39 +957,32 @@ def main():
     if options.dataset == "demo":  # phantoms, written as real files and then read like any others
         from tests.phantoms import write_demo  # the tests' own files, which only the demo needs
         print("prepare.py demo", *(f"--{name} {value}" for name, value in sizes.items()))
-        options.labels = os.path.join(source, "labels.csv")
-        if not os.path.exists(options.labels):
-            write_demo(Path(source))
+        options.labels = write_demo(source)
     stop(not os.path.isdir(source), f"{source}: no such folder; give the folder that holds the data")
-    key, made = read_key(options.key_file), read_recipe(target)
+    key = read_key(options.key_file)
     recipe = sizes | {"version": VERSION, "dataset": options.dataset, "another key": pseudonym(key, "key"),
                       "another source": pseudonym(key, os.path.realpath(source))}
-    differs = [name if name.startswith("another") else f"{name} {made.get(name)}"
-               for name in recipe if made.get(name) != recipe[name]]
-    stop(differs and (target / "recipe.json").exists(),
-         f"{target} was made with {', '.join(differs)}; give the same, or another --name")
+    made = read_recipe(target)[1] if (target / "recipe.json").exists() else recipe
+    differs = [f"{name} {made.get(name)}" for name in recipe if made.get(name) != recipe[name]]
+    stop(differs, f"{target} was made with {', '.join(differs)}; give the same, or another --name")
     files, left_out = walk(source)
     try:
         jobs, others = DATASETS[options.dataset](source, files, options)
     except (KeyError, ValueError) as error:
         raise UserError(f"{source}: not laid out as {options.dataset} is published ({error!r})") from error
     left_out += others
-    stop(not jobs and not left_out, f"{source}: holds no files of {options.dataset}; give the data's folder")
+    stop(not jobs and not left_out, f"{source}: holds no files of {options.dataset}")
     if options.dataset == "folder" and not options.key_file:
         print("note: ids are made with a public key: anyone can test a guess; patients' data need --key-file")
     jobs = [job._replace(id=pseudonym(key, job.key or job.files[0]), patient=pseudonym(key, job.patient))
             for job in jobs]
     jobs.sort(key=lambda job: job.id)
+    old = {}
     with contextlib.suppress(UserError):  # no table yet
         old = {row["id"]: row["modality"] for row in read_samples(target)}
-        for job in jobs[part]:
-            if old.get(job.id, job.modality) != job.modality:  # it was windowed as another modality
-                (target / f"{job.id}.npy").unlink(missing_ok=True)
-    todo = [job for job in jobs[part] if not (target / f"{job.id}.npy").exists()]
-    small = [job for job in todo if job.kind in ("image", "dicom")]  # a fork costs as much as one of these
-    batches = [small[i:i + 32] for i in range(0, len(small), 32)]
-    batches += [[job] for job in todo if job.kind not in ("image", "dicom")]
-    answers = guarded(lambda job: cache_sample(job, source, target, recipe), batches, options.workers)
+    todo = [job for job in jobs[part] if not (target / f"{job.id}.npy").exists()
+            or old.get(job.id, job.modality) != job.modality]  # it was windowed as another modality
+    answers = guarded(lambda job: cache_sample(job, source, target, recipe), todo, options.workers)
     for job, answer in tqdm(answers, total=len(todo), unit="sample", desc=target.name, disable=not todo):
         left_out += [(path, str(answer)) for path in job.files if answer]
     if options.shard:

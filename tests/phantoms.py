@@ -628,17 +628,21 @@ def write_sample(folder, modality, number, split, seed):
 
 
 def write_demo(folder, n=200, seed=1):
-    """Write n training and ceil(.8 n) test patients per modality (MRI: test only) and labels.csv under `folder`.
+    """Write n training and ceil(.8 n) test patients per modality (MRI: test only) under `folder`, last their
+    labels.csv -> its path. What is there already is left as it is.
 
     Every patient gives one sample and has its own random numbers, so that no number of others or of cores changes it.
     """
     folder, test = Path(folder), -(-4 * n // 5)
+    if (folder / "labels.csv").exists():
+        return folder / "labels.csv"
     jobs = [(folder, modality, number, "test" if number < test else "train", seed)
             for modality in MODALITIES for number in range(test + n * (modality != "mri"))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(write_sample, *zip(*jobs), chunksize=4))
     with open(folder / "labels.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "labels", "patient", "split", "modality"), *rows])
+    return folder / "labels.csv"
 
 
 if __name__ == "__main__":

@@ -291,9 +291,9 @@ def test_frames_of_a_video_are_drawn_at_random_but_reproducibly_and_in_order(tmp
     levels = x[0, 16, 16].astype(int) / 10  # the frame numbers drawn
     assert x.shape == (3, 32, 32, 8) and (np.diff(levels) > 0.5).all() and levels.max() > 12
     assert np.array_equal(x, read_any(tmp_path / "a.avi", frames=8, size=32)[1])
-    draws = np.array([prepare.draw(range(50), 5, seed) for seed in range(2000)])
+    draws = np.array([prepare.draw(50, 5, seed) for seed in range(2000)])
     assert np.abs(np.bincount(draws.ravel(), minlength=50) / 200 - 1).max() < 0.35, "each frame as likely as any other"
-    assert prepare.draw(range(3), 7, 0) == [0, 0, 0, 1, 1, 2, 2]
+    assert prepare.draw(3, 7, 0) == [0, 0, 0, 1, 1, 2, 2]
     assert read_any(video(tmp_path / "b.mp4", 3, codec="mpeg4"), frames=6, size=32)[1].shape == (3, 32, 32, 6)
 
 
@@ -338,8 +338,8 @@ def deflated_bomb(path):
 
 NOISE = np.random.default_rng(0).integers(0, 99, (20, 40, 40), np.int16)
 BAD = {  # name: (maker, expected reason; "" = kept)
-    "empty.dcm": (lambda p: p.touch(), "empty, or not"),
-    "empty.nii.gz": (lambda p: p.touch(), "empty, or not"),
+    "empty.dcm": (lambda p: p.touch(), "empty, locked"),
+    "empty.nii.gz": (lambda p: p.touch(), "empty, locked"),
     "page.dcm": (lambda p: p.write_text("<html>login</html>" * 99), "not a DICOM"),
     "page.nii.gz": (lambda p: p.write_text("<html>login</html>" * 99), "not a NIfTI file"),
     "page.png": (lambda p: p.write_text("<html>login</html>" * 99), "UnidentifiedImageError"),
@@ -386,9 +386,9 @@ BAD = {  # name: (maker, expected reason; "" = kept)
     "one.gif": (lambda p: Image.fromarray(SPOT).save(p), ""),
     "many.gif": (lambda p: Image.fromarray(SPOT).save(
         p, save_all=True, append_images=[Image.fromarray(SPOT * 40 * i) for i in range(2, 6)]), ""),
-    "fifo.dcm": (lambda p: os.mkfifo(p), "not a regular file"),
+    "fifo.dcm": (lambda p: os.mkfifo(p), "no regular file"),
     "folder.dcm": (lambda p: p.mkdir(), None),  # an empty folder is no file
-    "dangling.dcm": (lambda p: p.symlink_to("nowhere"), "not a regular file"),
+    "dangling.dcm": (lambda p: p.symlink_to("nowhere"), "no regular file"),
     "loop": (lambda p: p.symlink_to(p.parent), "link to a folder"),
     'odd,"name\n.png': (lambda p: Image.fromarray(SPOT).save(p, "PNG"), ""),
 }
@@ -872,7 +872,7 @@ def test_labels_of_files_series_and_folders(tmp_path, monkeypatch, capsys):
     (b"path,labels\na.png,x\nb.png,x\n./a.png,y\n", "line 4: a.png again"),
     (b"file,labels\na.png,x\n", "line 2: needs the columns path and labels"),
     (b"path,labels\nb.png,x\na.png\n", "line 3: needs the columns path and labels"),
-    (b"path,labels\na.png,l\xe9sion\n", "not UTF-8 text at byte 19"), (b"path,labels\n", "holds no rows"),
+    (b"path,labels\na.png,l\xe9sion\n", "not a table in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 19"), (b"path,labels\n", "holds no rows"),
     pytest.param(b"path,labels\na.png," + bytes([120]) * 200_000, "not a table", id="a cell without end")])
 def test_a_wrong_labels_table_is_an_error_with_line_and_value(tmp_path, monkeypatch, text, message):
     png(tmp_path / "data/a.png")
@@ -921,7 +921,7 @@ def test_another_source_key_or_size_is_refused_once_a_sample_is_kept(tmp_path, m
             command(monkeypatch, "folder", *args, *cache)
     png(data / "a.png")
     command(monkeypatch, "folder", data, *cache)
-    assert prepare.sizes_of(tmp_path / "cache/x") == {"size": 256, "slices": 64, "frames": 64}
+    assert prepare.read_recipe(tmp_path / "cache/x")[0] == {"size": 256, "slices": 64, "frames": 64}
     before = tree(tmp_path / "cache/x")
     for args, message in {(other,): "another source", (data, "--size", 64): "size 256", (data, "--frames", 8): "frames 64",
                           (data, "--slices", 32): "slices 64", (data, "--key-file", tmp_path / "k"): "another key"}.items():
@@ -932,7 +932,7 @@ def test_another_source_key_or_size_is_refused_once_a_sample_is_kept(tmp_path, m
     assert str(tmp_path) not in text and "data" not in text.replace("dataset", "")
     (tmp_path / "cache/x/recipe.json").write_text("{")
     with pytest.raises(UserError, match="recipe.json: missing or damaged"):
-        prepare.sizes_of(tmp_path / "cache/x")
+        prepare.read_recipe(tmp_path / "cache/x")
 
 
 def test_runs_that_start_together_take_the_key_of_the_first(tmp_path):
@@ -975,7 +975,7 @@ def test_own_caches_and_hidden_folders_are_not_read_and_said(tmp_path, monkeypat
     kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, "--modality", "xray")
     assert set(kept) == {"a.png", "recipes/c.png"}
     assert {path: reason.split(",")[0] for path, reason in rejected.items()} == {
-        ".Trash": "hidden", "sub/.snapshot": "hidden", "__MACOSX": "hidden", "cache/own": "link to a folder",
+        ".Trash": "hidden", "sub/.snapshot": "hidden", "__MACOSX": "hidden", "cache/own": "empty",
         "recipes/recipe.json": "not a DICOM"}
 
 
