@@ -6,7 +6,6 @@ In:  cache/NAME (prepare.py) and a checkpoint (train.py; default: the newest run
 Letters: model.py; here m queries, n candidates, b queries of a block, L labels, k places of a list.
 """
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -17,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from embed import ALIKE, embed_rows, load_embedder, picture, read_embeddings
-from model import save_montage
-from prepare import UserError, atomic_write, cli, load_sample, read_samples
+from model import expecting, save_montage
+from prepare import PUBLIC_KEY, UserError, atomic_write, cli, load_sample, pseudonym, read_samples
 
 BLOCK = 1024  # queries whose scores against the whole gallery are in memory at once
 LIST, CUTS = 10, (1, 5, 10)  # the list that MnR and MdR look at, the K of R@K
@@ -54,7 +53,7 @@ DIRECTIONS = [("ct", "mri"), ("mri", "ct"), ("ct", "xray"), ("xray", "ct"), ("mr
 def multi_hot(label_sets, vocabulary):
     """Label sets of n samples -> (n, L) bool; labels outside the vocabulary are left out."""
     number = {label: i for i, label in enumerate(vocabulary)}
-    hot = torch.zeros(len(label_sets), len(vocabulary), dtype=torch.bool)
+    hot = torch.zeros(len(label_sets), len(vocabulary), dtype=torch.bool)  # (n, L)
     for row, labels in zip(hot, label_sets):
         row[[number[label] for label in labels if label in number]] = True
     return hot
@@ -62,7 +61,7 @@ def multi_hot(label_sets, vocabulary):
 
 def codes(asked, offered):
     """Strings of queries (m,), candidates (n,) -> numbers, equal where these are; "" equals nothing."""
-    code = {text: i for i, text in enumerate({*asked, *offered} - {""})}
+    code = {text: i for i, text in enumerate({*asked, *offered} - {""})}  # -1 and -2 never meet
     return torch.tensor([code.get(x, -1) for x in asked]), torch.tensor([code.get(x, -2) for x in offered])
 
 
@@ -70,7 +69,7 @@ def list_ranks(hit):
     """Hits in the top 10 (m, k) -> the paper's MnR and MdR: mean and median rank of all hits, 11 if none."""
     # It defines neither. This reading fits all its rows, most of which the rank of the first hit contradicts.
     ranks = np.where(hit, np.arange(1, hit.shape[1] + 1), np.nan)  # (m, k)
-    ranks[~hit.any(axis=1)] = LIST + 1
+    ranks[~hit.any(axis=1)] = LIST + 1  # 11
     return np.nanmean(ranks, axis=1), np.nanmedian(ranks, axis=1)  # (m,) each
 
 
@@ -78,7 +77,7 @@ def chance_of_hit(relevant, candidates, k):
     """Chance that k candidates drawn at random hold a relevant one (hypergeometric): (m,), (m,) -> (m,)."""
     draws = np.arange(k)[:, None]  # (k, 1), and each of them misses
     misses = np.clip(candidates - relevant - draws, 0, None) / np.maximum(candidates - draws, 1)  # (k, m)
-    return np.where(relevant > 0, 1 - misses.prod(axis=0), 0.0)
+    return np.where(relevant > 0, 1 - misses.prod(axis=0), 0.0)  # (m,)
 
 
 def measure(queries, gallery, asked, offered, same=(), relevance="any"):
@@ -96,7 +95,7 @@ def measure(queries, gallery, asked, offered, same=(), relevance="any"):
     hot_q, hot_g = multi_hot(asked, vocabulary), multi_hot(offered, vocabulary)  # (m, L), (n, L)
     count = hot_q.sum(dim=1)  # (m,)
     need = torch.where(count == 0, torch.inf, count if relevance == "all" else 1)  # (m,) labels to share
-    same, blocks = [codes(*pair) for pair in same], []
+    same, blocks = [codes(*pair) for pair in same], []  # pairs of (m,) and (n,)
     for rows in torch.arange(len(q)).split(BLOCK):
         scores = q[rows] @ g.T  # (b, n)
         used = hot_q[rows].any(dim=0)  # (L,) only labels of this block enter the product
@@ -104,7 +103,7 @@ def measure(queries, gallery, asked, offered, same=(), relevance="any"):
         out = torch.zeros_like(relevant)  # (b, n)
         for a, b in same:  # the query itself, its patient
             out |= a[rows, None] == b
-        scores[out], relevant[out] = -torch.inf, False
+        scores[out], relevant[out] = -torch.inf, False  # what is out comes last and counts nowhere
         top = scores.topk(min(LIST, len(g)), dim=1).indices  # (b, k)
         best = torch.where(relevant, scores, -torch.inf).amax(dim=1, keepdim=True)  # (b, 1)
         right, left, above = (x.sum(1, dtype=torch.int32) for x in (relevant, ~out, scores > best))  # (b,)
@@ -113,27 +112,27 @@ def measure(queries, gallery, asked, offered, same=(), relevance="any"):
     found = {key: torch.cat([block[key] for block in blocks]).numpy() for key in blocks[0]}
     found["MnR"], found["MdR"] = list_ranks(found["hit"])
     found["P@10"] = found["hit"].mean(axis=1)  # share of the list that is relevant
-    return found | {f"R@{k}": found["hit"][:, :k].any(axis=1) for k in CUTS}
+    return found | {f"R@{k}": found["hit"][:, :k].any(axis=1) for k in CUTS}  # a relevant one in the top K
 
 
 def bootstrap(values, draws=1000, seed=0):
     """95 % intervals of the mean of each column of (m, c), by resampling queries -> (2, c)."""
     generator, m = np.random.default_rng(seed), len(values)
     means = [np.bincount(generator.integers(0, m, m), minlength=m) @ values / m for _ in range(draws)]
-    return np.percentile(means, [2.5, 97.5], axis=0)
+    return np.percentile(means, [2.5, 97.5], axis=0)  # (2, c)
 
 
 def summarise(found):
     """What `measure` found -> a result's numbers; first-hit ranks over the queries that have an answer."""
     values = np.stack([found[name] for name in METRICS], axis=1).astype(float)  # (m, 6)
-    first, cuts = found["first"][found["relevant"] > 0], [f"R@{k}" for k in CUTS]
-    chance = [chance_of_hit(found["relevant"], found["candidates"], k).mean() for k in CUTS]
+    first, sizes = found["first"][found["relevant"] > 0], (found["relevant"], found["candidates"])
     return {"queries": len(values), "without_relevant": len(values) - len(first),
-            **dict(zip(METRICS, values.mean(axis=0).tolist())), "chance": dict(zip(cuts, chance)),
+            **dict(zip(METRICS, values.mean(axis=0).tolist())),
+            "chance": {f"R@{k}": chance_of_hit(*sizes, k).mean() for k in CUTS},
             "first_MnR": float(first.mean()) if len(first) else None,
             "first_MdR": float(np.median(first)) if len(first) else None,
             "ci95": dict(zip(METRICS, bootstrap(values).T.tolist())),
-            "hits": {name: "".join("01"[int(hit)] for hit in found[name]) for name in cuts}}
+            "hits": {f"R@{k}": "".join("01"[int(hit)] for hit in found[f"R@{k}"]) for k in CUTS}}
 
 
 def labels_of(row, family):
@@ -164,10 +163,10 @@ def settings_of(task, rows):
     sets = {}
     for row in rows:  # CHOICE: samples of a training split, or without a body part, take no part
         if row["split"] != "train" and labels_of(row, "part:"):
-            sets.setdefault(row["modality"], []).append(row)
+            sets.setdefault(row["modality"], []).append(row)  # a query set, and a gallery
     counts = ", ".join(f"{len(members):,} {name}" for name, members in sorted(sets.items())) or "none"
     pairs = DIRECTIONS if task == "cross_modal" else [*zip(sets, sets), *DIRECTIONS[2:4], DIRECTIONS[0]]
-    pairs = [(a, b) for a, b in pairs if a in sets and b in sets]
+    pairs = [(a, b) for a, b in pairs if a in sets and b in sets]  # leave-one-out where a is b
     if not pairs:
         raise UserError(f"{task}: body parts as labels (prepare.py folder --labels) are needed in two of ct, "
                         f"mri, xray, outside training splits; found {counts}. --cache names folders")
@@ -192,12 +191,11 @@ def embeddings_of(rows, encoder, checkpoint):
     embed, meta, trained = load_embedder(encoder, checkpoint, device)
     for folder in sorted({row["folder"] for row in rows}):
         made = [encoder, meta["checkpoint_sha256"], meta["code_sha256"], os.path.realpath(folder)]
-        digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-        path = Path(f"results/embeddings/{Path(folder).name}-{digest}.npz")
+        path = Path(f"results/embeddings/{Path(folder).name}-{pseudonym(PUBLIC_KEY, json.dumps(made))}.npz")
         fresh = path.is_file() and path.stat().st_mtime_ns > os.stat(f"{folder}/samples.csv").st_mtime_ns
         kept = {row["id"] for row in read_embeddings(path, folder)[0]} if fresh else set()
         members = {row["id"]: row for row in rows if row["folder"] == folder}
-        if not members.keys() <= kept:
+        if not members.keys() <= kept:  # else the file of an earlier run serves
             embed_rows(list(members.values()), embed, meta, trained, path, device)
         found, part, own = read_embeddings(path, folder)
         vectors |= {(folder, row["id"]): vector for row, vector in zip(found, part)}
@@ -218,7 +216,7 @@ def retrieve(setting, asking, offering, exclude_same):
     name, *sides, family, relevance = setting
     same = [[[f"{os.path.realpath(row['folder'])} {row['id']}" for row in side] for side in sides]]
     if exclude_same:
-        same.append([[row["patient"] for row in side] for side in sides])
+        same.append([[row["patient"] for row in side] for side in sides])  # keyed hashes
         if not all(map(any, same[1])):
             raise UserError(f"{name}: --exclude-same patient, but there are no patient ids in samples.csv")
     labels = [[labels_of(row, family) for row in side] for side in sides]
@@ -228,13 +226,13 @@ def retrieve(setting, asking, offering, exclude_same):
 def drawn(setting, found, count):
     """Random queries (seed 0) with their top 3, framed green if right, red if wrong -> tiles (Fig. 5)."""
     name, queries, candidates, family, _ = setting
-    marks = {True: ("right", (0, 150, 60)), False: ("wrong", (200, 30, 30))}
-
-    def tile(row, head, *colour):
-        return picture(load_sample(row["folder"], row), "\n".join([head, *labels_of(row, family)]), *colour)
-    return [[tile(queries[i], f"query: {name}")] + [
-        tile(candidates[j], *marks[hit]) for j, hit in zip(found["top"][i, :3], found["hit"][i, :3].tolist())]
-        for i in np.random.default_rng(0).permutation(len(queries))[:count]]
+    marks, grid = {True: ("right", (0, 150, 60)), False: ("wrong", (200, 30, 30))}, []
+    for i in np.random.default_rng(0).permutation(len(queries))[:count]:
+        hits = zip(found["top"][i, :3], found["hit"][i, :3].tolist())
+        shown = [(queries[i], f"query: {name}"), *((candidates[j], *marks[hit]) for j, hit in hits)]
+        grid.append([picture(load_sample(r["folder"], r), "\n".join([text, *labels_of(r, family)]), *colour)
+                     for r, text, *colour in shown])
+    return grid
 
 
 def stacked(rows, vectors, meta, how):
@@ -268,7 +266,7 @@ def run_task(args):
     within = [setting for setting in settings if " -> " not in setting[0]] or settings
     for (name, vectors, meta), how, setting in itertools.product(models, args.pool, settings):
         x, y = (stacked(rows, vectors, meta, how) for rows in setting[1:3])  # (m, D), (n, D)
-        found = retrieve(setting, x, y, args.exclude_same)
+        found = retrieve(setting, x, y, args.exclude_same)  # arrays (m, ...)
         if args.figure and setting in within and len(results) < len(settings):  # of the first model
             lines += drawn(setting, found, 4 if len(within) == 1 else 1)
         results.append({"task": args.task or "embeddings", "name": setting[0], "gallery": len(setting[2]),
@@ -324,7 +322,7 @@ def split_probe(rows, classes):
     order = [] if test.any() else np.random.default_rng(0).permutation(len(rows))
     for name in sorted(set(classes)):
         members = [i for i in order if classes[i] == name]
-        test[members[:len(members) // 5]] = True
+        test[members[:len(members) // 5]] = True  # a fifth of the class
     return np.flatnonzero(~test), np.flatnonzero(test)
 
 
@@ -339,13 +337,13 @@ def probe(args):
     names = sorted({label for i in train for label in targets[i]})
     if min(len(train), len(test)) < 5 or len(names) < 2 - multi:
         raise UserError(f"probe: {len(train)} train, {len(test)} test samples, {len(names)} labels: too few")
-    (model, *asked), *_ = models_of(args)
+    (model, *asked), *_ = models_of(args)  # the first: a name, encoder and checkpoint
     vectors, meta = embeddings_of(rows, *asked)
     x = torch.from_numpy(stacked(rows, vectors, meta, args.pool[0]))  # (n, D)
     x = (x - x[train].mean(dim=0)) / x[train].std(dim=0).clamp_min(1e-6)  # by the training split alone
     y = multi_hot(targets, names).float()  # (n, L)
     held, kept = np.split(np.random.default_rng(1).permutation(train), [len(train) // 5])
-    fits = {l2: fit_logistic(x[kept], y[kept], l2, multi) for l2 in L2}
+    fits = {l2: fit_logistic(x[kept], y[kept], l2, multi) for l2 in L2}  # held out: a fifth of the training
     l2 = min(L2, key=lambda l2: cross_entropy(x[held], y[held], fits[l2], multi))
     w = fit_logistic(x[train], y[train], l2, multi)  # (D + 1, L)
     logits = x[test] @ w[:-1] + w[-1]  # (n, L)
@@ -359,7 +357,9 @@ def probe(args):
 def cell(row, key):
     """A number of a result as text, R@K with its 95 % interval."""
     value, span = row.get(key), row.get("ci95", {}).get(key, ())
-    text = "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    if value is None:
+        return ""
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
     return text + (" ({:.2f}-{:.2f})".format(*span) if span and key.startswith("R@") else "")
 
 
@@ -370,11 +370,11 @@ def table(results):
     lines = [["", "", *keys]]
     for name in dict.fromkeys(r["name"] for r in results):
         mine = [r for r in results if r["name"] == name]
-        papers = [dict(zip(metrics, values)) for values in mine[0]["paper"] or ()]
+        papers = [dict(zip(metrics, values)) for values in mine[0]["paper"] or ()]  # MAE, SimDINO
         others = zip(("chance", "paper: MAE", "paper: SimDINO"), [mine[0].get("chance", {}), *papers])
         for by, row in [*((r["model"], r) for r in mine), *others]:
             lines.append([name, by, *(cell(row, key) for key in keys)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines)]  # so that it reads well as plain text too
     lines.insert(1, ["-" * width for width in widths])
     lines = [f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths))} |" for line in lines]
     for model in dict.fromkeys(r["model"] for r in results):
@@ -387,19 +387,17 @@ def table(results):
 
 def scaling(paths, against):
     """Print each task's fit log R@5 = slope * log x + start over results files, and its points (Fig. 4)."""
-    points = {}
-    try:
-        for path in paths:
+    points = {}  # {name: {parameters or share of the data: R@5}}
+    for path in paths:
+        with expecting(path, f"holds no results of retrieval with their {against}"):
             content = json.loads(Path(path).read_text())
             for r in content.get("rows", [content]):
                 x = r["parameters"] if against == "parameters" else json.loads(r["flags"])[against]
                 points.setdefault(r["name"], {})[float(x)] = float(r["R@5"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no results of retrieval with their {against} ({error!r})") from None
     for name, xy in points.items():
         if len(xy) < 2 or not all(xy.values()):
             raise UserError(f"{name}: a fit needs R@5 above 0 at two or more values of {against}")
-        slope, start = np.polyfit(np.log([*xy]), np.log([*xy.values()]), 1)
+        slope, start = np.polyfit(np.log([*xy]), np.log([*xy.values()]), 1)  # least squares, a power law
         print(f"{name}: log R@5 = {slope:.4f} log {against} {start:+.4f}, from {xy}")
 
 

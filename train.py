@@ -51,8 +51,8 @@ def plan_epoch(groups, seed, epoch):
     # (i + u) / k of the epoch, u random: each group is spread evenly, and modalities alternate (Sec. 3.4).
     steps = []
     for g, (modality, members, size) in enumerate(groups):
-        rng = np.random.default_rng([seed, epoch, g])
-        order, u, k = rng.permutation(members).tolist(), rng.random(), len(members) // size
+        rng = np.random.default_rng([seed, epoch, g])  # the same on every rank
+        order, u, k = rng.permutation(members).tolist(), rng.random(), len(members) // size  # rest dropped
         steps += [((i + u) / k, g, modality, order[i * size:(i + 1) * size]) for i in range(k)]
     return [(modality, numbers) for _, _, modality, numbers in sorted(steps)]
 
@@ -76,8 +76,8 @@ class Schedule:
         for modality in {modality for modality, _ in alike} - {modality for modality, *_ in groups}:
             raise UserError(f"too few {modality}: lower --batch-size-3d or --batch-size, or use --modalities")
         self.plan = functools.lru_cache(maxsize=2)(functools.partial(plan_epoch, groups, args.seed))
-        self.per_epoch = len(self.plan(0))
-        self.total = args.epochs * self.per_epoch
+        self.per_epoch = len(self.plan(0))  # steps: every sample once, but for the last partial batches
+        self.total = args.epochs * self.per_epoch  # optimizer updates
         self.warmup = max(1, round(min(WARMUP_EPOCHS * self.per_epoch, WARMUP_SHARE * self.total)))
 
     def batch(self, step):
@@ -90,7 +90,7 @@ class Schedule:
 def learning_rate(step, total, warmup, peak):
     """Of step 0 .. total - 1: linear warm-up to the peak, then half a cosine to zero (Sec. 3.4)."""
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * (step + 1) / warmup  # the last one of these is the peak
     return cosine(peak, 0, (step - warmup) / (total - warmup))
 
 
@@ -100,7 +100,7 @@ def select_rows(folders, modalities, fraction):
     queried = {row["id"] for row in rows if row["split"] == "test"}  # RadGenome's are CT-RATE's train volumes
     rows = [row for row in rows if row["id"] not in queried]
     rows.sort(key=lambda row: (row["id"], row["folder"]))  # keyed hashes: fractions are random, nested (4.4)
-    groups = [[row for row in rows if row["modality"] == modality] for modality in modalities]
+    groups = [[row for row in rows if row["modality"] == modality] for modality in modalities]  # as named
     chosen = [row for group in groups for row in group[:math.ceil(fraction * len(group))]]
     if not chosen:
         raise UserError(f"{', '.join(map(str, folders))}: no {' or '.join(modalities)} samples but for the "
@@ -112,7 +112,7 @@ def make_optimizer(method):
     """Fused AdamW; biases, norms and tokens do not decay. CHOICE: tokens, which both official codes decay."""
     groups = [{"params": []}, {"params": []}]  # that decay, that do not
     for name, p in method.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad:  # the teacher's do not
             groups[p.ndim < 2 or name.endswith("_token")]["params"].append(p)
     return torch.optim.AdamW(groups, betas=method.BETAS, weight_decay=0.0, fused=True)
 
@@ -138,7 +138,7 @@ def any_rank(device, *flags):
     """Element-wise "or" of booleans over all ranks, in one small all-reduce."""
     flags = torch.tensor(flags, dtype=torch.int32, device=device)
     if dist.is_initialized():
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # 1 where any rank has a 1
     return flags.bool().tolist()
 
 
@@ -152,8 +152,8 @@ def fit(args, about, method, optimizer, schedule, start, device):
     bf16 = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)  # else fp32 is faster
     model, main = method, schedule.rank == 0
     if schedule.world > 1:
-        model = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
-    stop = min(schedule.total, args.max_steps or schedule.total)
+        model = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)  # one per process
+    stop = min(schedule.total, args.max_steps or schedule.total)  # schedules span the total all the same
     shares = (schedule.batch(step)[2] for step in range(start, stop))  # row numbers, this rank's of each step
     loader = DataLoader(CachedDataset(schedule.rows), batch_sampler=shares, collate_fn=stack,
                         num_workers=args.workers, worker_init_fn=own_group, pin_memory=device.type == "cuda")
@@ -174,14 +174,14 @@ def fit(args, about, method, optimizer, schedule, start, device):
             x = take_frames(unit(batch.to(device, non_blocking=True)), generator=generator)  # in [0, 1]
             inputs = method.inputs(x, generator)  # a mask, or views
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, parts = model(*inputs)
+                loss, parts = model(*inputs)  # a scalar, and what it is made of as floats
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # DDP averages gradients over ranks here
-            norm = nn.utils.clip_grad_norm_(method.parameters(), method.CLIP_GRAD)
+            norm = nn.utils.clip_grad_norm_(method.parameters(), method.CLIP_GRAD)  # alike on all ranks
             stopping, bad = any_rank(device, bool(signals), not math.isfinite(loss.item() + norm.item()))
             if not bad:  # else it is skipped: tried again, it would draw the same numbers
                 optimizer.step()
-                method.after_step(step / schedule.total)
+                method.after_step(step / schedule.total)  # SimDINO: the teacher follows
 
             modality, numbers, _ = schedule.batch(step)  # what this step was on, for the log
             seconds = time.monotonic() - clock
@@ -194,7 +194,7 @@ def fit(args, about, method, optimizer, schedule, start, device):
             log.write(json.dumps(place | record) + "\n")  # strict JSON: what is not finite is null
             bar.set_postfix_str(f"{modality} loss {loss.item():.4f}", refresh=False)
             skipped.append(bad)
-            if sum(skipped[-MAX_BAD_STEPS:]) == MAX_BAD_STEPS:
+            if sum(skipped[-MAX_BAD_STEPS:]) == MAX_BAD_STEPS:  # this run learns nothing any more
                 names = " ".join(schedule.rows[i]["id"] for i in numbers)
                 raise UserError(f"step {step + 1}: {MAX_BAD_STEPS} non-finite steps in a row, {record} on "
                                 f"{modality} samples {names}: look at these, or lower --lr")
@@ -206,7 +206,7 @@ def fit(args, about, method, optimizer, schedule, start, device):
                     save_checkpoint(args.out / f"epoch_{epoch:04d}.pt", method.encoder, **state)
                 save_checkpoint(args.out / "checkpoint.pt", method.encoder, **state)
                 due = time.monotonic() + 60 * args.save_minutes
-            if stopping:
+            if stopping:  # all ranks at the same step
                 break
             clock = time.monotonic()
     return start + len(skipped), sum(skipped)
@@ -266,7 +266,7 @@ def main():
             raise UserError(f"no GPU for process {local} of this machine: lower --nproc_per_node")
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # torchrun says who is where
     rows = select_rows(args.data, args.modalities, args.data_fraction)
     schedule = Schedule(rows, args, rank, world)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -296,11 +296,11 @@ def main():
     about = {"ssl": args.ssl, "method": method.config, "world": world, "total": schedule.total,
              "flags": json.dumps({key: value for key, value in vars(args).items() if key not in FREE_FLAGS}),
              "ids": torch.tensor([int(row["id"], 16) for row in rows], dtype=torch.uint64).view(torch.int64)}
-    done = resume(path, about, method, optimizer, rank) if some else 0
+    done = resume(path, about, method, optimizer, rank) if some else 0  # steps
     done, skipped = fit(args, about, method, optimizer, schedule, done, device)
     if rank == 0:
         if done >= schedule.total:
-            (args.out / "DONE").touch()
+            (args.out / "DONE").touch()  # what a loop that restarts a preempted run waits for
         print(f"{args.out}: {done} of {schedule.total} steps done, {skipped} of these just skipped (NaN)")
     if world > 1:
         dist.destroy_process_group()
