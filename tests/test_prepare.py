@@ -958,8 +958,10 @@ def test_runs_that_start_together_take_the_key_of_the_first(tmp_path):
 
 
 def test_temporary_files_of_another_run_are_left_alone(tmp_path, monkeypatch):
+    """The other run is at the very sample that this one makes too."""
     png(tmp_path / "data/a.png")
-    other = tmp_path / "cache/x/.0123456789abcdef.npy.12345678.tmp"
+    name = prepare.pseudonym(prepare.PUBLIC_KEY, "a.png")
+    other = tmp_path / f"cache/x/.{name}.npy.12345678.tmp"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"half")
     kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
