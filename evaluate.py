@@ -59,12 +59,6 @@ def multi_hot(label_sets, vocabulary):
     return hot
 
 
-def codes(asked, offered):
-    """Strings of queries (m,), candidates (n,) -> numbers, equal where these are; "" equals nothing."""
-    code = {text: i for i, text in enumerate({*asked, *offered} - {""})}  # -1 and -2 never meet
-    return torch.tensor([code.get(x, -1) for x in asked]), torch.tensor([code.get(x, -2) for x in offered])
-
-
 def list_ranks(hit):
     """Hits in the top 10 (m, k) -> the paper's MnR and MdR: mean and median rank of all hits, 11 if none."""
     # It defines neither. This reading fits all its rows, most of which the rank of the first hit contradicts.
@@ -95,13 +89,16 @@ def measure(queries, gallery, asked, offered, same=(), relevance="any"):
     hot_q, hot_g = multi_hot(asked, vocabulary), multi_hot(offered, vocabulary)  # (m, L), (n, L)
     count = hot_q.sum(dim=1)  # (m,)
     need = torch.where(count == 0, torch.inf, count if relevance == "all" else 1)  # (m,) labels to share
-    same, blocks = [codes(*pair) for pair in same], []  # pairs of (m,) and (n,)
+    numbers, blocks = [], []
+    for a, b in same:  # strings as numbers, equal where these are; "" equals nothing: -1 is not -2
+        code = {text: i for i, text in enumerate({*a, *b} - {""})}
+        numbers.append([torch.tensor([code.get(x, no) for x in side]) for side, no in ((a, -1), (b, -2))])
     for rows in torch.arange(len(q)).split(BLOCK):
         scores = q[rows] @ g.T  # (b, n)
         used = hot_q[rows].any(dim=0)  # (L,) only labels of this block enter the product
         relevant = hot_q[rows][:, used].float() @ hot_g[:, used].float().T >= need[rows, None]  # (b, n)
         out = torch.zeros_like(relevant)  # (b, n)
-        for a, b in same:  # the query itself, its patient
+        for a, b in numbers:  # (m,), (n,): the query itself, its patient
             out |= a[rows, None] == b
         scores[out], relevant[out] = -torch.inf, False  # what is out comes last and counts nowhere
         top = scores.topk(min(LIST, len(g)), dim=1).indices  # (b, k)
