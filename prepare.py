@@ -301,13 +301,10 @@ def open_dicom(path, **options):
 
 def per_frame(ds, frame, sequence, tag, default=None):
     """A value of one frame: its functional group, else the shared one, else the data set (PS3.3 C.7.6.16)."""
-    own = ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]
-    for item in (*own, *ds.get("SharedFunctionalGroupsSequence", [])):
-        for inner in item.get(sequence, []):
-            if inner.get(tag) is not None:
-                return inner.get(tag)
-    value = ds.get(tag)
-    return default if value is None or value == "" else value
+    own, shared = ds.get("PerFrameFunctionalGroupsSequence", []), ds.get("SharedFunctionalGroupsSequence", [])
+    groups = [inner for item in (*own[frame:frame + 1], *shared) for inner in item.get(sequence, [])]
+    values = (group.get(tag) for group in (*groups, ds))
+    return next((value for value in values if value not in (None, "")), default)
 
 
 def rescale(ds, frame, stored):
