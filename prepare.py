@@ -61,10 +61,12 @@ VIDEO_OPTIONS = {"format_whitelist": "avi,mov,matroska,webm,mpeg,mpegts,mpegvide
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif"), "nifti": (".nii", ".nii.gz"),
             "video": (".avi", ".mp4", ".mov", ".mpg", ".mpeg", ".mkv", ".wmv", ".m4v", ".webm")}
 UNKNOWN_FILE = "not a DICOM, NIfTI, image or video file"
+AS_IMAGES = "(--allow-2d keeps each as an image)"
 BURNED_IN = "may show names or dates in its pixels (BurnedInAnnotation is not NO)"
 # One future sample. files: relative to the source, one or the slices or frames; kind: image, video, nifti,
-# dicom, series or clip; key: what the id is made of, where it is not the path.
-Job = namedtuple("Job", "files kind modality labels patient split key id", defaults=((), "", "", "", ""))
+# dicom, series or clip; key: what the id is made of, where it is not the path; the last two: of one slice.
+Job = namedtuple("Job", "files kind modality labels patient split key id place passes",
+                 defaults=((), "", "", "", "", (), ()))
 
 
 class UserError(Exception):
@@ -556,34 +558,41 @@ PASS_TAGS = ("EchoTime", "DiffusionBValue", "TemporalPositionIdentifier", "Trigg
              "ImageType", "AcquisitionTime", "ContentTime")  # what tells two slices of one place apart
 
 
-def dicom_header(path):
-    """What grouping and labelling need of one DICOM file, as plain types."""
-    ds = open_dicom(path, stop_before_pixels=True)
+def dicom_header(path, source="", modality=None, allow_2d=True):
+    """The job of one DICOM file, by its header; a single CT or MR image is one of a stack of slices."""
+    ds = open_dicom(os.path.join(source, path), stop_before_pixels=True)
     refuse(not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"),
            f"no image ({pydicom.uid.UID(ds.get('SOPClassUID', '')).name})")
     refuse(ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1, "HighBit is not BitsStored - 1")
-    head = {tag: str(ds.get(tag) or "") for tag in ("SeriesInstanceUID", "Modality", "PatientID", *PASS_TAGS)}
+    patient, series, *passes = (str(ds.get(tag) or "") for tag in ("PatientID", "SeriesInstanceUID", *PASS_TAGS))
+    texts = "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"
+    modality = modality or DICOM_MODALITIES.get(ds.get("Modality"))
+    job = Job([path], "dicom", modality, body_parts(*map(ds.get, texts)), patient)
+    if modality not in VOLUMES:
+        return job
+    refuse(re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))), "localizer")
+    if int(ds.get("NumberOfFrames") or 1) > 1:
+        return job._replace(kind="series")
+    refuse(not series and not allow_2d, f"no SeriesInstanceUID (0020,000E) {AS_IMAGES}")
     direction, place = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
         "ImageOrientationPatient", "ImagePositionPatient"))  # + 0.0, since -0.0 is another text
-    texts = "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"
-    stack = head["PatientID"], head["SeriesInstanceUID"], int(ds.Rows), int(ds.Columns), direction
-    return head | {"stack": stack, "place": place, "frames": int(ds.get("NumberOfFrames") or 1),
-                   "parts": body_parts(*map(ds.get, texts))}
+    stack = patient, series or path, int(ds.Rows), int(ds.Columns), direction
+    return job._replace(kind="slice", key=repr(stack), place=place, passes=passes)
 
 
-def one_pass(heads):
-    """{path: header} of slices -> where they repeat places (echoes, b-values, phases), the most of one value
-    of a tag, one a place. Copies, and what no tag tells apart, are left to read_series."""
+def one_pass(slices):
+    """Jobs of slices -> where they repeat places (echoes, b-values, phases), the most of one value of a tag,
+    one a place. Copies, and what no tag tells apart, are left to read_series."""
     def places(group):
-        return len({head["place"] for head in group.values()})
+        return len({job.place for job in group})
 
-    groups = defaultdict(dict)  # {(tag, value): slices}
-    for path, head in heads.items():
-        for tag in PASS_TAGS:
-            groups[tag, head[tag]][path] = head
-    smaller = [group for group in groups.values() if len(group) < len(heads)]
-    best = max(smaller, key=lambda group: (places(group), -len(group)), default={})
-    return one_pass(best) if places(heads) < len(heads) and places(best) >= MIN_SLICES else heads
+    groups = defaultdict(list)  # {(tag, value): slices}
+    for job in slices:
+        for tag in zip(PASS_TAGS, job.passes):
+            groups[tag].append(job)
+    smaller = [group for group in groups.values() if len(group) < len(slices)]
+    best = max(smaller, key=lambda group: (places(group), -len(group)), default=[])
+    return one_pass(best) if places(slices) < len(slices) and places(best) >= MIN_SLICES else slices
 
 
 def find_samples(source, files, told, allow_2d, workers):
@@ -593,34 +602,27 @@ def find_samples(source, files, told, allow_2d, workers):
              for path in files}
     jobs = [Job([path], kind, told(path)) for path, kind in kinds.items() if kind]
     others = [path for path, kind in kinds.items() if not kind]  # by its name anything else may be DICOM
-    left_out, stacks = [], defaultdict(dict)  # {(patient, series ...): {path: header}}
-    answers = guarded(lambda path: dicom_header(os.path.join(source, path)), others, workers)
-    for path, head in tqdm(answers, total=len(others), unit="header", disable=len(others) < 1000):
-        if isinstance(head, Refused):
-            left_out.append((path, str(head)))
-            continue
-        modality = told(path) or DICOM_MODALITIES.get(head["Modality"])
-        job = Job([path], "dicom", modality, head["parts"], head["PatientID"])
-        if modality not in VOLUMES:
+    left_out, stacks = [], defaultdict(list)  # {(patient, series ...): jobs of slices}
+    answers = guarded(lambda path: dicom_header(path, source, told(path), allow_2d), others, workers)
+    for path, job in tqdm(answers, total=len(others), unit="header", disable=len(others) < 1000):
+        if isinstance(job, Refused):
+            left_out.append((path, str(job)))
+        elif job.kind == "slice":
+            stacks[job.key].append(job)
+        else:
             jobs.append(job)
-        elif re.search("LOCALIZER|SCOUT", head["ImageType"]):
-            left_out.append((path, "localizer"))
-        elif head["frames"] > 1:
-            jobs.append(job._replace(kind="series"))
-        else:
-            stacks[head["stack"]][path] = head | {"job": job}
-    for stack, slices in stacks.items():
-        kept = sorted(one_pass(slices))
-        reason = f"{len(slices)} slices of this series, size and direction, a volume needs {MIN_SLICES}"
-        if len(kept) >= MIN_SLICES and stack[1]:
-            jobs.append(slices[kept[0]]["job"]._replace(files=kept, kind="series", key=repr(stack)))
+    for slices in stacks.values():
+        kept = one_pass(sorted(slices))
+        if len(kept) >= MIN_SLICES:
+            files = [job.files[0] for job in kept]
+            jobs.append(kept[0]._replace(files=files, kind="series"))
             reason = "another echo, b-value, phase or time of a kept series"
-            left_out += [(path, reason) for path in slices.keys() - kept]
+            left_out += [(job.files[0], reason) for job in slices if job.files[0] not in files]
         elif allow_2d:
-            jobs += [head["job"] for head in slices.values()]
+            jobs += [job._replace(kind="dicom", key="") for job in slices]
         else:
-            reason = reason if stack[1] else "no SeriesInstanceUID (0020,000E)"
-            left_out += [(path, f"{reason} (--allow-2d keeps each as an image)") for path in slices]
+            reason = f"{len(slices)} slices of this series, size and direction, a volume needs {MIN_SLICES}"
+            left_out += [(job.files[0], f"{reason} {AS_IMAGES}") for job in slices]
     return jobs, left_out
 
 
