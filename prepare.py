@@ -433,6 +433,7 @@ def decode(job, source, size, slices, frames):
             elif job.kind == "dicom":
                 planes, deep, spacing = read_dicom(files[0], job.modality, frames, seed)
             else:
+                refuse(len(files) < MIN_RUN, f"in a run of {len(files)} frames, a clip needs {MIN_RUN}")
                 planes = [read_image(files[n])[0][0] for n in draw(len(files), frames, seed)]
             x = frames_to_array(planes, len(planes) > 1 or job.modality == "endoscopy", size, spacing)
     x = x.clamp(0, 1).half() if deep else x.mul(255).round().clamp(0, 255).byte()  # (C, H, W, S)
@@ -441,6 +442,7 @@ def decode(job, source, size, slices, frames):
 
 def cache_sample(job, source, folder, recipe):
     """Make folder/ID.npy of a job, and ID.txt with its notes, if there are any."""
+    refuse(not job.modality, "modality unknown; give --modality")
     array, notes = decode(job, source, **{name: recipe[name] for name in SIZES})
     if not (folder / "recipe.json").exists():  # from its first sample on a cache is of one recipe
         with atomic_write(folder / "recipe.json") as file:
@@ -564,7 +566,7 @@ def dicom_header(path, source="", modality=None, allow_2d=True):
     refuse(not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"),
            f"no image ({pydicom.uid.UID(ds.get('SOPClassUID', '')).name})")
     refuse(ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1, "HighBit is not BitsStored - 1")
-    patient, series, *passes = (str(ds.get(tag) or "") for tag in ("PatientID", "SeriesInstanceUID", *PASS_TAGS))
+    patient, uid, *passes = (str(ds.get(tag) or "") for tag in ("PatientID", "SeriesInstanceUID", *PASS_TAGS))
     texts = "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"
     modality = modality or DICOM_MODALITIES.get(ds.get("Modality"))
     job = Job([path], "dicom", modality, body_parts(*map(ds.get, texts)), patient)
@@ -573,10 +575,10 @@ def dicom_header(path, source="", modality=None, allow_2d=True):
     refuse(re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))), "localizer")
     if int(ds.get("NumberOfFrames") or 1) > 1:
         return job._replace(kind="series")
-    refuse(not series and not allow_2d, f"no SeriesInstanceUID (0020,000E) {AS_IMAGES}")
+    refuse(not uid and not allow_2d, f"no SeriesInstanceUID (0020,000E) {AS_IMAGES}")
     direction, place = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
         "ImageOrientationPatient", "ImagePositionPatient"))  # + 0.0, since -0.0 is another text
-    stack = patient, series or path, int(ds.Rows), int(ds.Columns), direction
+    stack = patient, uid or path, int(ds.Rows), int(ds.Columns), direction
     return job._replace(kind="slice", key=repr(stack), place=place, passes=passes)
 
 
@@ -642,6 +644,10 @@ def folder(source, files, options):
     elif options.labels:
         rows = read_labels(options.labels)
         files = [path for path in files if not os.path.samefile(os.path.join(source, path), options.labels)]
+        names = {*files, *(os.path.dirname(path) or "." for path in files)}
+        unused = [row["line"] for name, row in rows.items() if name not in names]
+        if unused:
+            print(f"warning: {len(unused)} rows of {options.labels} name no file (line {unused[0]} ...)")
 
     def row_of(path):
         return rows.get(path) or rows.get(os.path.dirname(path) or ".") or {}
@@ -652,15 +658,8 @@ def folder(source, files, options):
     found, left_out = find_samples(source, files, told, options.allow_2d, options.workers)
     for job in found:
         row = next(filter(None, map(row_of, job.files)), {})
-        labels, split, patient = row.get("labels", job.labels), row.get("split", ""), row.get("patient")
-        if job.modality:
-            jobs.append(job._replace(labels=labels, split=split, patient=patient or job.patient))
-        else:
-            left_out += [(path, "modality unknown; give --modality") for path in job.files]
-    used = {name for job in found for path in job.files for name in (path, os.path.dirname(path) or ".")}
-    unused = [row["line"] for name, row in rows.items() if name not in used and "line" in row]
-    if unused:
-        print(f"warning: {len(unused)} rows of {options.labels} name no sample (line {unused[0]} ...)")
+        jobs.append(job._replace(labels=row.get("labels", job.labels), split=row.get("split", ""),
+                                 patient=row.get("patient") or job.patient))
     return jobs, left_out
 
 
@@ -729,7 +728,7 @@ def kvasir_capsule(source, files, options):
 
     DEVIATION: the paper reports 344 clips; its rule as written gives 261 on the 11 larger classes.
     """
-    frames, jobs, left_out = defaultdict(dict), [], []  # some frames are in two classes
+    frames, jobs = defaultdict(dict), []  # some frames are in two classes
     for path in files:
         name = re.fullmatch(r"([0-9a-f]{16})_(\d+)\.(jpg|png)", os.path.basename(path))
         if name:
@@ -739,12 +738,8 @@ def kvasir_capsule(source, files, options):
         numbers = np.array(sorted(numbered))
         for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
             paths = [numbered[number] for number in run.tolist()]
-            if len(paths) >= MIN_RUN:
-                jobs.append(Job(paths, "clip", "endoscopy", (label,), video, "test"))
-            else:
-                reason = f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}"
-                left_out += [(path, reason) for path in paths]
-    return jobs, left_out
+            jobs.append(Job(paths, "clip", "endoscopy", (label,), video, "test"))
+    return jobs, []
 
 
 def ct_rate(source, files, options):
