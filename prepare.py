@@ -443,6 +443,7 @@ def decode(job, source, size, slices, frames):
 def cache_sample(job, source, folder, recipe):
     """Make folder/ID.npy of a job, and ID.txt with its notes, if there are any."""
     refuse(not job.modality, "modality unknown; give --modality")
+    (folder / f"{job.id}.npy").unlink(missing_ok=True)  # it was made as another modality
     array, notes = decode(job, source, **{name: recipe[name] for name in SIZES})
     if not (folder / "recipe.json").exists():  # from its first sample on a cache is of one recipe
         with atomic_write(folder / "recipe.json") as file:
@@ -833,17 +834,17 @@ def write_csv(path, header, rows, mode=0o666):
 
 
 def write_tables(folder, jobs, left_out):
-    """samples.csv of the arrays that are there, and what only their owner may see -> notes, rejected rows."""
-    samples, sources, rejected = [], [], sorted(set(left_out))
+    """samples.csv of the jobs not left out, and what only their owner may see -> notes, {path: reason}."""
+    samples, sources, rejected = [], [], dict(sorted(left_out))
     for job in jobs:
-        path, beside = folder / f"{job.id}.npy", folder / f"{job.id}.txt"
-        if path.exists():
+        if job.files[0] not in rejected:  # then its array is there
+            beside = folder / f"{job.id}.txt"
             shape = "x".join(map(str, load_sample(folder, {"id": job.id}, mmap_mode="r").shape))
             samples.append((job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape))
             sources.append((job.id, job.files[0], beside.read_text() if beside.exists() else ""))
     write_csv(folder / "samples.csv", "id modality labels patient split shape", samples)
     write_csv(folder / "sources.csv", "id path notes", sources, 0o600)
-    write_csv(folder / "rejected.csv", "path reason", rejected, 0o600)
+    write_csv(folder / "rejected.csv", "path reason", rejected.items(), 0o600)
     return [notes for *_, notes in sources], rejected
 
 
@@ -989,7 +990,7 @@ def main():
     print(f"{target}: {len(notes)} samples, {sum(map(bool, notes))} with notes (sources.csv); "
           f"{len(rejected)} files left out (rejected.csv)")
     if not notes:  # the commonest reason, if possible of files of a known kind; without what a file says
-        reasons = Counter(reason.partition(":")[0] for _, reason in rejected)
+        reasons = Counter(reason.partition(":")[0] for reason in rejected.values())
         reason = max(reasons, key=lambda reason: (reason != UNKNOWN_FILE, reasons[reason]))
         raise UserError(f"nothing in {source} could be read (mostly: {reason}); see {target}/rejected.csv")
 
