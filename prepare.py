@@ -598,13 +598,16 @@ def one_pass(slices):
     return one_pass(best) if places(slices) < len(slices) and places(best) >= MIN_SLICES else slices
 
 
+def kind_of(path):
+    """image, nifti or video; "" where the name does not say it, as of most DICOM files."""
+    return "".join(kind for kind, ends in SUFFIXES.items() if path.lower().endswith(ends))
+
+
 def find_samples(source, files, told, allow_2d, workers):
     """Jobs of any mix of files, (path, reason) of the rest. told(path) is the modality a user gave, if any;
     that of a job is None where neither the user nor a DICOM header says it."""
-    kinds = {path: "".join(kind for kind, ends in SUFFIXES.items() if path.lower().endswith(ends))
-             for path in files}
-    jobs = [Job([path], kind, told(path)) for path, kind in kinds.items() if kind]
-    others = [path for path, kind in kinds.items() if not kind]  # by its name anything else may be DICOM
+    jobs = [Job([path], kind_of(path), told(path)) for path in files if kind_of(path)]
+    others = [path for path in files if not kind_of(path)]
     left_out, stacks = [], defaultdict(list)  # {(patient, series ...): jobs of slices}
     answers = guarded(lambda path: dicom_header(path, source, told(path), allow_2d), others, workers)
     for path, job in tqdm(answers, total=len(others), unit="header", disable=len(others) < 1000):
@@ -676,7 +679,7 @@ def table(*where, **options):
 
 
 # DEVIATION: the paper's 13 categories come from a language model, unpublished; ours hold as many videos, 364.
-HYPER_KVASIR = {finding: category for category, findings in {
+HYPER_KVASIR = {finding: (category,) for category, findings in {
     "polyps": "polyps", "dyed lifted polyps": "dyed lifted polyps", "BBPS 0-1": "bbps 0-1",
     "BBPS 2-3": "bbps 2-3", "dyed resection margins": "dyed resection margins", "ulcer": "ulcer",
     "polypectomy": "snare resection/clip placement", "cancer": "cancer/cancer, colorectal",
@@ -686,42 +689,35 @@ HYPER_KVASIR = {finding: category for category, findings in {
     for finding in findings.split("/")}
 
 
-def by_table(files, suffix, rows, job):
-    """job(path, row) of the files whose name or stem is the first cell of a row; the others are left out."""
-    rows, jobs, left_out = {list(row.values())[1]: row for row in rows}, [], []  # after its "line"
-    for path in files:
-        row = rows.pop(os.path.basename(path), None) or rows.pop(Path(path).stem, None)
-        if row:
-            jobs.append(job(path, row))
-        elif path.lower().endswith(suffix):
-            left_out.append((path, "not in the data set's table, or twice here"))
-    return jobs, left_out
+def matched(source, files, pattern):
+    """[(path, row)] of the files whose name or stem is the first cell of a row of the data set's table."""
+    rows = {list(row.values())[1]: row for row in table(source, files, pattern)}  # after its "line"
+    names = [(path, name) for path in files for name in (os.path.basename(path), Path(path).stem)]
+    return [(path, rows.pop(name)) for path, name in names if name in rows]
 
 
 def chestxray14(source, files, options):
     """images/*.png or images_001/images/*.png ...; labels by Data_Entry, split by the official lists."""
-    rows = table(source, files, r"Data_Entry_2017.*\.csv")
-    split = {name: part for part, listed in (("train", r"train_val_list\.txt"), ("test", r"test_list\.txt"))
+    pairs, jobs = matched(source, files, r"Data_Entry_2017.*\.csv"), []
+    parts = {name: part for part, listed in (("train", r"train_val_list\.txt"), ("test", r"test_list\.txt"))
              for path in find_tables(source, files, listed) for name in Path(path).read_text().split()}
-
-    def job(path, row):
+    for path, row in pairs:
         labels = tuple(label for label in row["Finding Labels"].split("|") if label != "No Finding")
-        return Job([path], "image", "xray", labels, row["Patient ID"], split.get(row["Image Index"], ""))
-    return by_table(files, ".png", rows, job)
+        split = parts.get(row["Image Index"], "")
+        jobs.append(Job([path], "image", "xray", labels, row["Patient ID"], split))
+    return jobs, []
 
 
 def fetal_planes(source, files, options):
     """Images/*.png; plane and patient by FETAL_PLANES_DB_data.csv. The task queries all of them: test."""
-    return by_table(files, ".png", table(source, files, r"FETAL_PLANES_DB_data\.csv"), lambda path, row: Job(
-        [path], "image", "ultrasound", (row["Plane"],), row["Patient_num"], "test"))
+    return [Job([path], "image", "ultrasound", (row["Plane"],), row["Patient_num"], "test")
+            for path, row in matched(source, files, r"FETAL_PLANES_DB_data\.csv")], []
 
 
 def hyper_kvasir(source, files, options):
     """labeled-videos/**/UUID.avi; category by Finding 1 of video-labels.csv, none where no category fits."""
-    def job(path, row):
-        labels = tuple(filter(None, [HYPER_KVASIR.get(row["Finding 1"].lower())]))
-        return Job([path], "video", "endoscopy", labels, "", "test")
-    return by_table(files, SUFFIXES["video"], table(source, files, r"video-labels\.csv"), job)
+    return [Job([path], "video", "endoscopy", HYPER_KVASIR.get(row["Finding 1"].lower(), ()), "", "test")
+            for path, row in matched(source, files, r"video-labels\.csv")], []
 
 
 def kvasir_capsule(source, files, options):
@@ -753,18 +749,17 @@ def ct_rate(source, files, options):
     labels, jobs, left_out, seen = chest_labels(place, options.dataset), [], [], set()
     for path in find_tables(*place, r"no_chest_\w+\.txt", needed=False):
         seen.update(Path(name).name.removesuffix(".nii.gz") for name in Path(path).read_text().split())
-    names = [(re.fullmatch(r"(((train|valid)_\d+)_[a-z]+)_(\d+)\.nii\.gz", os.path.basename(path)), path)
-             for path in files]
-    for number, path, name in sorted((int(name[4]), path, name) for name, path in names if name):
-        scan, patient, split, _ = name.groups()
-        if f"{split}_fixed" not in Path(source, path).absolute().parts:
-            left_out.append((path, "not of train_fixed or valid_fixed, whose headers are true"))
-        elif scan in seen or f"{scan}_{number}" in seen:
-            left_out.append((path, "no chest CT by its list, or another reconstruction of a kept scan"))
-        else:
-            seen.add(scan)
+    pattern = re.compile(r".*/(train|valid)_fixed/(?:.*/)?(((\1_\d+)_[a-z]+)_\d+)\.nii\.gz")
+    for path in sorted(files, key=len):  # of a scan by number, _2 before _10
+        name = pattern.fullmatch(os.path.abspath(os.path.join(source, path)))
+        if name and not seen & {name[2], name[3]}:
+            split, volume, scan, patient = name.groups()
             split = "train" if split == "train" and options.dataset == "ct_rate" else "test"
-            jobs.append(Job([path], "nifti", "ct", tuple(labels[f"{scan}_{number}"]), patient, split))
+            jobs.append(Job([path], "nifti", "ct", tuple(labels[volume]), patient, split))
+            seen.add(scan)
+        elif kind_of(path):
+            left_out.append((path, "another reconstruction of a kept scan, no chest CT by its list, "
+                             "or not of train_fixed or valid_fixed, whose headers are true"))
     return jobs, left_out
 
 
@@ -966,6 +961,9 @@ def main():
     except (KeyError, ValueError) as error:
         raise UserError(f"{source}: not laid out as {options.dataset} is published ({error!r})") from error
     left_out += others
+    known = {path for job in jobs for path in job.files}.union(dict(left_out))
+    left_out += [(path, "no sample by its name and the data set's tables, or twice here")
+                 for path in files if kind_of(path) and path not in known]
     stop(not jobs and not left_out, f"{source}: holds no files of {options.dataset}")
     if options.dataset == "folder" and not options.key_file:
         print("note: ids are made with a public key: anyone can test a guess; patients' data need --key-file")
