@@ -12,7 +12,6 @@ A sample is done when its .npy exists: a run makes what is missing, then writes 
 again, delete its .npy. Children decode the files, short of time and memory: no file can end or hang a run.
 """
 import argparse
-import contextlib
 import csv
 import gzip
 import hmac
@@ -28,7 +27,8 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, namedtuple
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -107,7 +107,7 @@ def cli(main):
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_write(path, mode=0o666):
     """Yield a binary file that replaces `path` if the block ends well; UserError if it cannot."""
     path = Path(path)
@@ -123,7 +123,7 @@ def atomic_write(path, mode=0o666):
         why = error.strerror or error
         raise UserError(f"cannot write {path} ({why}); free some space or choose another folder") from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
 
 
@@ -301,18 +301,18 @@ def open_dicom(path, **options):
     return ds
 
 
-def per_frame(ds, frame, sequence, tag, default=None):
+def per_frame(ds, frame, tag, default=None):
     """A value of one frame: its functional group, else the shared one, else the data set (PS3.3 C.7.6.16)."""
-    own, shared = ds.get("PerFrameFunctionalGroupsSequence", []), ds.get("SharedFunctionalGroupsSequence", [])
-    groups = [inner for item in (*own[frame:frame + 1], *shared) for inner in item.get(sequence, [])]
-    values = (group.get(tag) for group in (*groups, ds))
+    own = ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]
+    macros = [macro for item in (*own, *ds.get("SharedFunctionalGroupsSequence", [])) for macro in item]
+    groups = [group for macro in macros if macro.VR == "SQ" for group in macro.value]
+    values = (place.get(tag) for place in (*groups, ds))
     return next((value for value in values if value not in (None, "")), default)
 
 
 def rescale(ds, frame, stored):
     """Slope and intercept to the unit of the file, HU for CT; where it is padding (PS3.3 C.7.5.1.1.2)."""
-    pair = [np.float32(per_frame(ds, frame, "PixelValueTransformationSequence", tag, default))
-            for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))]
+    pair = np.float32([per_frame(ds, frame, "RescaleSlope", 1), per_frame(ds, frame, "RescaleIntercept", 0)])
     refuse(not np.isfinite(pair).all(), "rescale is not finite")
     ends = [ds.get(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     ends = [int(end) for end in ends if end not in (None, "")] or [np.inf]  # no value is infinite
@@ -356,7 +356,7 @@ def read_dicom(path, modality, count, seed):
         stream = b"".join(list(pydicom.encaps.generate_fragments(ds.PixelData))[1:])  # after the offset table
         return read_video(stream, count, seed), False, spacing
     for tag in ("PixelAspectRatio", "ImagerPixelSpacing", "PixelSpacing"):  # the last that is there counts
-        values = np.array(per_frame(ds, 0, "PixelMeasuresSequence", tag, ()), float)
+        values = np.array(per_frame(ds, 0, tag, ()), float)
         if values.shape == (2,) and 0 < values.min() <= values.max() < np.inf:
             spacing = tuple(values)
     frames = int(ds.get("NumberOfFrames") or 1)
@@ -379,9 +379,8 @@ def read_series(files, modality):
             raise Refused(f"slice {Path(path).name}: {type(error).__name__} {error}") from error
         sign = -1 if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else 1
         for frame, plane in enumerate(stored):
-            place = [per_frame(ds, frame, sequence, tag) for sequence, tag in (
-                ("PlaneOrientationSequence", "ImageOrientationPatient"),
-                ("PixelMeasuresSequence", "PixelSpacing"), ("PlanePositionSequence", "ImagePositionPatient"))]
+            place = [per_frame(ds, frame, tag) for tag in (
+                "ImageOrientationPatient", "PixelSpacing", "ImagePositionPatient")]
             refuse(None in place, "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
             places.append([float(value) for values in place for value in values])
             slope, intercept, outside = rescale(ds, frame, plane)
@@ -482,11 +481,11 @@ def guarded(task, items, workers):
     """Yield (item, task(item)), or (item, Refused), in any order. No file can end or hang the run: of a batch
     whose child died the item at work is refused, the rest gets another child. A UserError ends the run."""
     step = max(1, min(256, len(items) // (8 * workers)))  # a fork costs as much as a few images
-    waiting = deque(deque(items[i:i + step]) for i in range(0, len(items), step))
+    waiting = [items[i:i + step] for i in range(0, len(items), step)]
     fork, running = multiprocessing.get_context("fork"), {}
     while waiting or running:
         while waiting and len(running) < workers:
-            batch, (reader, writer) = waiting.popleft(), fork.Pipe(duplex=False)
+            batch, (reader, writer) = waiting.pop(0), fork.Pipe(duplex=False)
             child = fork.Process(target=attempt, args=(task, batch, writer), daemon=True)  # ends with us
             child.start()
             writer.close()
@@ -500,11 +499,11 @@ def guarded(task, items, workers):
                 child.join()
                 if not batch:
                     continue
-                waiting.append(batch)
+                waiting.append(batch)  # what is left of it, after the next lines
                 cause = "timed out" if child.exitcode == -signal.SIGALRM else "decoder crashed"
                 answer = Refused(f"{cause} (exit code {child.exitcode})")
             stop(isinstance(answer, UserError), answer)
-            yield batch.popleft(), answer
+            yield batch.pop(0), answer
 
 
 # ---- sources: which files make samples (jobs), and (path, reason) of those left out ------------------------
@@ -801,8 +800,7 @@ def read_key(path):
     if not path:
         return PUBLIC_KEY
     if not os.path.lexists(path):
-        folder = os.path.dirname(os.path.abspath(path))
-        with tempfile.NamedTemporaryFile(dir=folder) as new, contextlib.suppress(FileExistsError):
+        with tempfile.NamedTemporaryFile(dir=Path(path).absolute().parent) as new, suppress(FileExistsError):
             new.write(secrets.token_hex(32).encode())
             new.flush()
             os.link(new.name, path)  # whole, mode 0600; runs that start together take the first's
@@ -971,7 +969,7 @@ def main():
             for job in jobs]
     jobs.sort(key=lambda job: job.id)
     old = {}
-    with contextlib.suppress(UserError):  # no table yet
+    with suppress(UserError):  # no table yet
         old = {row["id"]: row["modality"] for row in read_samples(target)}
     todo = [job for job in jobs[part] if not (target / f"{job.id}.npy").exists()
             or old.get(job.id, job.modality) != job.modality]  # it was windowed as another modality
