@@ -11,7 +11,6 @@ Volumes: H runs from anterior to posterior, W from the patient's right (image le
 A sample is done when its .npy exists: a run makes what is missing, then writes the tables. To make a sample
 again, delete its .npy. Children decode the files, short of time and memory: no file can end or hang a run.
 """
-import argparse
 import csv
 import gzip
 import hmac
@@ -27,6 +26,7 @@ import signal
 import sys
 import tempfile
 import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -219,14 +219,12 @@ def image_frame(image):
 
 def read_image(path, count=1, seed=0):
     """PNG, JPEG, TIFF or GIF; several pages are a video: `count` of them."""
-    image, frames = Image.open(path, formats=("PNG", "JPEG", "TIFF", "GIF")), []
+    image = Image.open(path, formats=("PNG", "JPEG", "TIFF", "GIF"))
     size, deep = image.size, image.mode[0] in "IF"
     pages = [n for n, page in enumerate(ImageSequence.Iterator(image)) if page.size == size]  # no thumbnails
     one = len(pages) == 1 or image.format == "MPO"  # a photo and its previews
-    for n in [0] if one else draw(len(pages), count, seed):
-        image.seek(pages[n])
-        frames.append(image_frame(image))
-    return frames, deep
+    chosen = [0] if one else draw(len(pages), count, seed)
+    return [image_frame(ImageSequence.Iterator(image)[pages[n]]) for n in chosen], deep
 
 
 def read_video(source, count, seed):
@@ -526,14 +524,14 @@ def walk(source, inside=""):
     return files, left_out
 
 
-def read_csv(path, remedy="download or write it again", errors="replace"):
+def read_csv(path, remedy="download or write it again", errors="replace", head=None):
     """Rows of a table with , or ; as dicts of stripped cells and their "line"; UserError if none."""
     stop(not os.path.isfile(path), f"{path}: no such file; {remedy}")
     try:
         text = Path(path).read_text("utf-8-sig", errors)
         comma = max(",;", key=text.partition("\n")[0].count)
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
-        head = ["line", *map(str.strip, next(lines, []))]
+        head = ["line", *map(str.strip, head or next(lines, []))]
         rows = [dict(zip(head, [lines.line_num, *map(str.strip, row)])) for row in lines if any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a table in UTF-8 ({error}); {remedy}") from error
@@ -602,7 +600,7 @@ def kind_of(path):
     return "".join(kind for kind, ends in SUFFIXES.items() if path.lower().endswith(ends))
 
 
-def find_samples(source, files, told, allow_2d, workers):
+def find_samples(source, files, allow_2d, workers, told):
     """Jobs of any mix of files, (path, reason) of the rest. told(path) is the modality a user gave, if any;
     that of a job is None where neither the user nor a DICOM header says it."""
     jobs = [Job([path], kind_of(path), told(path)) for path in files if kind_of(path)]
@@ -655,10 +653,8 @@ def folder(source, files, options):
     def row_of(path):
         return rows.get(path) or rows.get(os.path.dirname(path) or ".") or {}
 
-    def told(path):
-        return row_of(path).get("modality") or options.modality
-
-    found, left_out = find_samples(source, files, told, options.allow_2d, options.workers)
+    found, left_out = find_samples(source, files, options.allow_2d, options.workers,
+                                   lambda path: row_of(path).get("modality") or options.modality)
     for job in found:
         row = next(filter(None, map(row_of, job.files)), {})
         jobs.append(job._replace(labels=row.get("labels", job.labels), split=row.get("split", ""),
@@ -666,15 +662,11 @@ def folder(source, files, options):
     return jobs, left_out
 
 
-def find_tables(folder, files, pattern, needed=True):
-    """The files below `folder` whose name matches; UserError if a needed one is absent."""
+def table(folder, files, pattern, needed=True, **options):
+    """Rows of the files below `folder` whose name matches; UserError if there must be one and is none."""
     found = [os.path.join(folder, path) for path in files if re.fullmatch(pattern, os.path.basename(path))]
     stop(needed and not found, f"{folder}: no file named like {pattern}; download all of the data set")
-    return found
-
-
-def table(*where, **options):
-    return [row for path in find_tables(*where, **options) for row in read_csv(path)]
+    return [row for path in found for row in read_csv(path, **options)]
 
 
 # DEVIATION: the paper's 13 categories come from a language model, unpublished; ours hold as many videos, 364.
@@ -698,8 +690,8 @@ def matched(source, files, pattern):
 def chestxray14(source, files, options):
     """images/*.png or images_001/images/*.png ...; labels by Data_Entry, split by the official lists."""
     pairs, jobs = matched(source, files, r"Data_Entry_2017.*\.csv"), []
-    parts = {name: part for part, listed in (("train", r"train_val_list\.txt"), ("test", r"test_list\.txt"))
-             for path in find_tables(source, files, listed) for name in Path(path).read_text().split()}
+    parts = {row["name"]: part for part, listed in (("train", "train_val"), ("test", "test"))
+             for row in table(source, files, rf"{listed}_list\.txt", head=["name"])}
     for path, row in pairs:
         labels = tuple(label for label in row["Finding Labels"].split("|") if label != "No Finding")
         split = parts.get(row["Image Index"], "")
@@ -746,8 +738,8 @@ def ct_rate(source, files, options):
     beside = walk(options.labels)[0] if options.labels else []
     place = source, [*files, *(os.path.abspath(os.path.join(options.labels, path)) for path in beside)]
     labels, jobs, left_out, seen = chest_labels(place, options.dataset), [], [], set()
-    for path in find_tables(*place, r"no_chest_\w+\.txt", needed=False):
-        seen.update(Path(name).name.removesuffix(".nii.gz") for name in Path(path).read_text().split())
+    for row in table(*place, r"no_chest_\w+\.txt", needed=False, head=["name"]):
+        seen.add(os.path.basename(row["name"]).removesuffix(".nii.gz"))
     pattern = re.compile(r".*/(train|valid)_fixed/(?:.*/)?(((\1_\d+)_[a-z]+)_\d+)\.nii\.gz")
     for path in sorted(files, key=len):  # of a scan by number, _2 before _10
         name = pattern.fullmatch(os.path.abspath(os.path.join(source, path)))
@@ -889,7 +881,7 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
     path = Path(path).absolute()
     single, source = path.is_file(), path if path.is_dir() else path.parent
     stop(not single and not path.is_dir(), f"{path}: no such file or folder")
-    files, how = [path.name] if single else walk(path)[0], (lambda _: modality, single, 1)
+    files, how = [path.name] if single else walk(path)[0], (single, 1, lambda _: modality)
     jobs, left_out = find_samples(source, files, *how)
     if single and jobs and jobs[0].kind == "dicom" and jobs[0].modality in VOLUMES:  # of which series?
         files = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
@@ -909,8 +901,7 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
 
 # ---- command line ------------------------------------------------------------------------------------------
 def parse_arguments():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", choices=DATASETS)
     add("source", nargs="?", help="folder that holds the data (demo: where to write them, default demo)")
