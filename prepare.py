@@ -376,12 +376,12 @@ def read_series(files, modality):
         except BaseException as error:  # decoders raise all there is; this is a guarded child
             raise Refused(f"slice {Path(path).name}: {type(error).__name__} {error}") from error
         sign = -1 if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else 1
-        for frame, plane in enumerate(stored):
-            place = [per_frame(ds, frame, tag) for tag in (
+        for n, plane in enumerate(stored):
+            place = [per_frame(ds, n, tag) for tag in (
                 "ImageOrientationPatient", "PixelSpacing", "ImagePositionPatient")]
             refuse(None in place, "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
             places.append([float(value) for values in place for value in values])
-            slope, intercept, outside = rescale(ds, frame, plane)
+            slope, intercept, outside = rescale(ds, n, plane)
             if outside.any() and not outside.all():
                 plane = np.where(outside, min(plane[~outside].min(), np.array(0, plane.dtype)), plane)
             planes.append(plane)
@@ -505,22 +505,21 @@ def guarded(task, items, workers):
 
 
 # ---- sources: which files make samples (jobs), and (path, reason) of those left out ------------------------
-def walk(source, inside=""):
-    """Relative paths of the regular files below source/inside, and (path, reason) of everything else."""
-    files, left_out = [], []
-    for entry in sorted(os.scandir(os.path.join(source, inside)), key=lambda entry: entry.name):
-        path = os.path.join(inside, entry.name)
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            left_out.append((path, "hidden, not read"))
-        elif entry.is_file() and entry.stat().st_size:
-            files.append(path)
-        elif (entry.is_dir(follow_symlinks=False) and os.access(entry, os.R_OK | os.X_OK)
-              and not {"recipe.json", "samples.csv"} <= set(os.listdir(entry))):
-            found, others = walk(source, path)
-            files += found
-            left_out += others
-        else:
-            left_out.append((path, "empty, locked, no regular file, link to a folder or a cache: not read"))
+def walk(source):
+    """Relative paths of the regular files below source, and (path, reason) of everything else."""
+    files, left_out, folders = [], [], [""]
+    for folder in folders:  # grows on the way
+        for entry in sorted(os.scandir(os.path.join(source, folder)), key=lambda entry: entry.name):
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                left_out.append((path, "hidden, not read"))
+            elif entry.is_file() and entry.stat().st_size:
+                files.append(path)
+            elif (entry.is_dir(follow_symlinks=False) and os.access(entry, os.R_OK | os.X_OK)
+                  and not {"recipe.json", "samples.csv"} <= set(os.listdir(entry))):
+                folders.append(path)
+            else:
+                left_out.append((path, "empty, locked, no regular file, link to a folder or cache: not read"))
     return files, left_out
 
 
@@ -886,9 +885,8 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
     if single and jobs and jobs[0].kind == "dicom" and jobs[0].modality in VOLUMES:  # of which series?
         files = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
         jobs = [job for job in find_samples(source, files, *how)[0] if path.name in job.files]
-    some = "".join(f", {job.files[0]}" for job in jobs[:9])
-    reason = left_out[0][1] if left_out and not jobs else f"holds {len(jobs)} samples; name one{some}"
-    stop(len(jobs) != 1, f"{path}: {reason}")
+    reason = left_out[0][1] if left_out and not jobs else f"holds {len(jobs)} samples; name one"
+    stop(len(jobs) != 1, ", ".join([f"{path}: {reason}", *(job.files[0] for job in jobs[:9])]))
     job = jobs[0]
     told = job.modality or likely or {"video": "endoscopy", "nifti": "ct"}.get(job.kind, "xray")
     if not job.modality:
