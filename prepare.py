@@ -648,14 +648,11 @@ def folder(source, files, options):
         unused = [row["line"] for name, row in rows.items() if name not in names]
         if unused:
             print(f"warning: {len(unused)} rows of {options.labels} name no file (line {unused[0]} ...)")
-
-    def row_of(path):
-        return rows.get(path) or rows.get(os.path.dirname(path) or ".") or {}
-
+    rows = {path: rows.get(path) or rows.get(os.path.dirname(path) or ".") or {} for path in files}
     found, left_out = find_samples(source, files, options.allow_2d, options.workers,
-                                   lambda path: row_of(path).get("modality") or options.modality)
+                                   lambda path: rows[path].get("modality") or options.modality)
     for job in found:
-        row = next(filter(None, map(row_of, job.files)), {})
+        row = next(filter(None, map(rows.get, job.files)), {})  # of a series the first file that has one
         jobs.append(job._replace(labels=row.get("labels", job.labels), split=row.get("split", ""),
                                  patient=row.get("patient") or job.patient))
     return jobs, left_out
