@@ -117,14 +117,14 @@ def atomic_write(path, mode=0o666):
         with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode), "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file.fileno())  # its bytes are on the disk before its name is
+        os.replace(temporary, path)  # whole or not at all
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"cannot write {path} ({why}); free some space or choose another folder") from error
     finally:
         with suppress(OSError):
-            temporary.unlink()
+            temporary.unlink()  # of a block that failed
 
 
 # ---- pixels: everything becomes float32 in [0, 1], then (C, H, W, S) ---------------------------------------
@@ -165,7 +165,7 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
 
     CT is clipped to HU_RANGE before any averaging, other volumes are stretched by percentiles at the end.
     """
-    axes = nib.io_orientation(affine)
+    axes = nib.io_orientation(affine)  # (3, 2): along which axis of the body i, j, k run, and which way
     refuse(np.isnan(axes).any(), "singular affine, the header gives no orientation")
     to_lps = nib.orientations.ornt_transform(axes, nib.orientations.axcodes2ornt("LPS"))
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(-to_lps[:, 0])]  # mm along S, H, W
@@ -174,7 +174,7 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
         thin = voxels.shape.index(1)
         voxels = np.moveaxis(voxels, thin, 0)[:, ::-1 if thin else 1]  # (1, rows, columns)
         slices, spacing = 1, np.r_[spacing[thin], np.delete(spacing, thin)]
-    low, high = HU_RANGE if modality == "ct" else (-np.inf, np.inf)
+    low, high = HU_RANGE if modality == "ct" else (-np.inf, np.inf)  # only HU are clipped
     eye = torch.eye(len(voxels))[None, None]  # antialiased: plain interpolation skips some of many slices
     weights = F.interpolate(eye, (slices, len(voxels)), mode="bilinear", antialias=True)[0, 0]  # (slices, S)
     planes = []
@@ -206,7 +206,7 @@ def image_frame(image):
     """An open Pillow image -> (h, w) or (h, w, 3), uint8, or float32 in [0, 1] if it is deeper."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bit grey; how many bits are used is not told
-        x = np.asarray(image).astype(np.float32)
+        x = np.asarray(image).astype(np.float32)  # (h, w)
         finite = np.isfinite(x)
         if not finite.all():
             warnings.warn("NaN or infinite pixels set to the background", Note)
@@ -247,7 +247,7 @@ def read_nifti(path):
     second = data[4:7] == b"n+2"
     refuse(not second and data[344:347] != b"n+1", "not a NIfTI file (convert .hdr/.img pairs to .nii)")
     image = (nib.Nifti2Image if second else nib.Nifti1Image).from_bytes(data)
-    shape, kind, proxy = image.shape, image.get_data_dtype(), image.dataobj
+    shape, kind, proxy = image.shape, image.get_data_dtype(), image.dataobj  # (i, j[, k[, volumes]])
     usable = proxy.offset >= 348 and kind.kind in "iuf" and 2 <= len(shape) <= 4 and min(shape) > 0
     refuse(not usable, f"voxels of shape {shape} and type {kind} cannot be used")
     if shape[3:] not in ((), (1,)):
@@ -276,8 +276,8 @@ WORDS = re.compile("|".join(sorted(" ".join(BODY_PARTS.values()).split(), key=le
 def body_parts(*texts):
     """Coarse parts named by the first of the texts that consists of known words only, CHESTABDPELVIS too."""
     for text in texts:
-        text = re.sub("[^A-Z0-9]+", "", str(text or "").upper())
-        words = WORDS.findall(text)
+        text = re.sub("[^A-Z0-9]+", "", str(text or "").upper())  # CHEST/ABD as CHESTABD
+        words = WORDS.findall(text)  # the longest that fits first
         found = tuple(part for part, known in BODY_PARTS.items() if part and set(words) & set(known.split()))
         if found and "".join(words) == text:
             return found
@@ -304,7 +304,7 @@ def per_frame(ds, frame, tag, default=None):
     own = ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]
     macros = [macro for item in (*own, *ds.get("SharedFunctionalGroupsSequence", [])) for macro in item]
     groups = [group for macro in macros if macro.VR == "SQ" for group in macro.value]
-    values = (place.get(tag) for place in (*groups, ds))
+    values = (place.get(tag) for place in (*groups, ds))  # the first that is there
     return next((value for value in values if value not in (None, "")), default)
 
 
@@ -323,14 +323,14 @@ def dicom_frame(ds, frame, modality):
     if ds.PhotometricInterpretation == "PALETTE COLOR":
         stored, full = apply_color_lut(stored, ds), np.float32(65535)  # (h, w, 3)
     if stored.ndim == 3:
-        return stored / full
+        return stored / full  # (h, w, 3)
     slope, intercept, outside = rescale(ds, frame, stored)
     lut = ds.get("ModalityLUTSequence")  # goes before slope and intercept
-    x = (apply_modality_lut(stored, ds) if lut else stored * slope + intercept).astype(np.float32)
+    x = (apply_modality_lut(stored, ds) if lut else stored * slope + intercept).astype(np.float32)  # (h, w)
     shown, width = np.zeros_like(x), np.atleast_1d(ds.get("WindowWidth") or 0)[0]  # some hold an empty one
     windowed = ds.get("VOILUTSequence") or ds.get("WindowCenter") is not None and float(width) >= 1
     if modality == "xray" and windowed:  # PS3.3 C.11.2; two appended extremes come back as black and white
-        padded = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))
+        padded = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))  # (h w + 2,)
         padded = apply_voi_lut(padded.astype(np.int32) if ds.get("VOILUTSequence") else padded, ds)
         shown = ((padded[:-2] - padded[-2]) / (padded[-1] - padded[-2])).reshape(x.shape)
     if modality == "ct":
@@ -338,7 +338,7 @@ def dicom_frame(ds, frame, modality):
     elif not outside.all() and np.ptp(shown[~outside]) > 0:  # a window that shows nothing is a wrong one
         x = shown
     elif modality != "mri" and ds.BitsStored <= 8 and not ds.PixelRepresentation:
-        x = stored / full
+        x = stored / full  # 8 bits as they are
     else:
         x = stretch(x, ~outside)
     if ds.PhotometricInterpretation == "MONOCHROME1":
@@ -358,7 +358,7 @@ def read_dicom(path, modality, count, seed):
         if values.shape == (2,) and 0 < values.min() <= values.max() < np.inf:
             spacing = tuple(values)
     frames = int(ds.get("NumberOfFrames") or 1)
-    chosen = draw(frames, count, seed) if frames > 1 else [0]
+    chosen = draw(frames, count, seed) if frames > 1 else [0]  # one frame is an image
     return [dicom_frame(ds, frame, modality) for frame in chosen], ds.BitsStored > 8, spacing
 
 
@@ -368,7 +368,7 @@ def read_series(files, modality):
     Slices are sorted by their position along the normal, never by name or number (PS3.3 C.7.6.2.1.1). Of
     copies one is kept; two different slices at one place, or a gap, are refused: a wrong anatomy.
     """
-    planes, places, scales = [], [], []
+    planes, places, scales = [], [], []  # (rows, columns), 6 + 2 + 3 numbers, 2 numbers of each slice
     for path in files:
         try:
             ds = open_dicom(path)
@@ -382,7 +382,7 @@ def read_series(files, modality):
             refuse(None in place, "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
             places.append([float(value) for values in place for value in values])
             slope, intercept, outside = rescale(ds, n, plane)
-            if outside.any() and not outside.all():
+            if outside.any() and not outside.all():  # padding becomes the lowest value, or 0
                 plane = np.where(outside, min(plane[~outside].min(), np.array(0, plane.dtype)), plane)
             planes.append(plane)
             scales.append((sign * slope, sign * intercept))
@@ -397,7 +397,7 @@ def read_series(files, modality):
         warnings.warn("duplicate slices dropped", Note)
     refuse(len(order) < MIN_SLICES or np.ptp(places[:, :8], axis=0).max() > 1e-2,
            f"{len(order)} slices, a volume needs {MIN_SLICES} of one direction and spacing")
-    gaps, usual = np.diff(z), np.median(np.diff(z))
+    gaps, usual = np.diff(z), np.median(np.diff(z))  # mm
     at = np.abs(gaps - usual).argmax()
     refuse(abs(gaps[at] - usual) > max(0.05 * usual, 0.1),
            f"gap of {gaps[at]:.1f} mm after slice {at + 1} of {len(order)}, others {usual:.1f} mm")
@@ -415,11 +415,11 @@ def read_series(files, modality):
 def decode(job, source, size, slices, frames):
     """Read a job -> array (C, H, W, S), uint8 from 8-bit sources and float16 from deeper ones, and notes."""
     files = [os.path.join(source, path) for path in job.files]
-    signal.alarm(SECONDS + sum(map(os.path.getsize, files)) // 1_000_000)
+    signal.alarm(SECONDS + sum(map(os.path.getsize, files)) // 1_000_000)  # a large one may take longer
     seed, deep, spacing = int(job.id, 16), False, (1.0, 1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if job.kind in ("nifti", "series"):
+        if job.kind in ("nifti", "series"):  # a volume
             voxels, *where = read_nifti(files[0]) if job.kind == "nifti" else read_series(files, job.modality)
             x, deep = volume_to_array(voxels, *where, job.modality, size, slices), voxels.itemsize > 1
         else:
@@ -461,17 +461,17 @@ def attempt(task, batch, pipe):
         signal.signal(number, signal.SIG_DFL)  # the default action ends a native hang as well
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")  # by torch
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the processes share the cores
     Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow warns from here, and refuses from twice as many
     for item in batch:
-        signal.alarm(SECONDS)
+        signal.alarm(SECONDS)  # decode sets its own
         try:
             answer = task(item)
         except (Refused, UserError) as error:  # a UserError: the cache cannot be written
             answer = error
         except BaseException as error:  # decoders raise all there is, KeyboardInterrupt included
             answer = Refused(f"cannot be decoded: {type(error).__name__} {error}")
-        signal.alarm(0)
+        signal.alarm(0)  # the parent may take its time
         pipe.send(answer)
 
 
@@ -479,7 +479,7 @@ def guarded(task, items, workers):
     """Yield (item, task(item)), or (item, Refused), in any order. No file can end or hang the run: of a batch
     whose child died the item at work is refused, the rest gets another child. A UserError ends the run."""
     step = max(1, min(256, len(items) // (8 * workers)))  # a fork costs as much as a few images
-    waiting = [items[i:i + step] for i in range(0, len(items), step)]
+    waiting = [items[i:i + step] for i in range(0, len(items), step)]  # batches
     fork, running = multiprocessing.get_context("fork"), {}
     while waiting or running:
         while waiting and len(running) < workers:
@@ -528,7 +528,7 @@ def read_csv(path, remedy="download or write it again", errors="replace", head=N
     stop(not os.path.isfile(path), f"{path}: no such file; {remedy}")
     try:
         text = Path(path).read_text("utf-8-sig", errors)
-        comma = max(",;", key=text.partition("\n")[0].count)
+        comma = max(",;", key=text.partition("\n")[0].count)  # spreadsheets of half of Europe write ;
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
         head = ["line", *map(str.strip, head or next(lines, []))]
         rows = [dict(zip(head, [lines.line_num, *map(str.strip, row)])) for row in lines if any(row)]
@@ -571,7 +571,7 @@ def dicom_header(path, source="", modality=None, allow_2d=True):
         return job
     refuse(re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))), "localizer")
     if int(ds.get("NumberOfFrames") or 1) > 1:
-        return job._replace(kind="series")
+        return job._replace(kind="series")  # an enhanced file
     refuse(not uid and not allow_2d, f"no SeriesInstanceUID (0020,000E) {AS_IMAGES}")
     direction, place = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
         "ImageOrientationPatient", "ImagePositionPatient"))  # + 0.0, since -0.0 is another text
@@ -589,7 +589,7 @@ def one_pass(slices):
     for job in slices:
         for tag in zip(PASS_TAGS, job.passes):
             groups[tag].append(job)
-    smaller = [group for group in groups.values() if len(group) < len(slices)]
+    smaller = [group for group in groups.values() if len(group) < len(slices)]  # what splits them
     best = max(smaller, key=lambda group: (places(group), -len(group)), default=[])
     return one_pass(best) if places(slices) < len(slices) and places(best) >= MIN_SLICES else slices
 
@@ -603,11 +603,11 @@ def find_samples(source, files, allow_2d, workers, told):
     """Jobs of any mix of files, (path, reason) of the rest. told(path) is the modality a user gave, if any;
     that of a job is None where neither the user nor a DICOM header says it."""
     jobs = [Job([path], kind_of(path), told(path)) for path in files if kind_of(path)]
-    others = [path for path in files if not kind_of(path)]
+    others = [path for path in files if not kind_of(path)]  # they may be DICOM
     left_out, stacks = [], defaultdict(list)  # {(patient, series ...): jobs of slices}
     answers = guarded(lambda path: dicom_header(path, source, told(path), allow_2d), others, workers)
     for path, job in tqdm(answers, total=len(others), unit="header", disable=len(others) < 1000):
-        if isinstance(job, Refused):
+        if isinstance(job, Refused):  # no image, or no DICOM file at all
             left_out.append((path, str(job)))
         elif job.kind == "slice":
             stacks[job.key].append(job)
@@ -637,7 +637,7 @@ def folder(source, files, options):
     rows, jobs = {}, []
     if options.labels == "folders":
         for path in files:
-            names = Path(path).parent.parts
+            names = Path(path).parent.parts  # from SOURCE down
             splits = [SPLITS[name.lower()] for name in names if name.lower() in SPLITS]
             labels = [name for name in names if name.lower() not in SPLITS]
             rows[path] = {"labels": tuple(labels[-1:]), "split": "".join(splits[-1:])}
@@ -719,7 +719,7 @@ def kvasir_capsule(source, files, options):
             frames[Path(path).parent.name, name[1]][int(name[2])] = path
     stop(not frames, f"{source}: holds no CLASS/VIDEO_FRAME.jpg; unpack each *.tar.gz in its place first")
     for (label, video), numbered in sorted(frames.items()):
-        numbers = np.array(sorted(numbered))
+        numbers = np.array(sorted(numbered))  # 9 before 10
         for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
             paths = [numbered[number] for number in run.tolist()]
             jobs.append(Job(paths, "clip", "endoscopy", (label,), video, "test"))
@@ -743,7 +743,7 @@ def ct_rate(source, files, options):
             split, volume, scan, patient = name.groups()
             split = "train" if split == "train" and options.dataset == "ct_rate" else "test"
             jobs.append(Job([path], "nifti", "ct", tuple(labels[volume]), patient, split))
-            seen.add(scan)
+            seen.add(scan)  # of a scan one volume is enough
         elif kind_of(path):
             left_out.append((path, "another reconstruction of a kept scan, no chest CT by its list, "
                              "or not of train_fixed or valid_fixed, whose headers are true"))
@@ -760,7 +760,7 @@ def chest_labels(place, dataset):
         return labels
     for row in table(*place, r"(train|validation)_vqa_abnormality\.csv"):
         region = row["Volumename"].removesuffix(".nii.gz"), row["Anatomy"].split("/")[0]
-        status[region].append(row["Abnormality"].lower() != "no findings")
+        status[region].append(row["Abnormality"].lower() != "no findings")  # left and right lung are one
     for (volume, region), abnormal in status.items():
         labels[volume][f"status:{region}:{'abnormal' if any(abnormal) else 'normal'}"] = None
     for row in table(*place, r"(train|validation)_vqa_size\.csv"):
@@ -820,7 +820,7 @@ def write_tables(folder, jobs, left_out):
     for job in jobs:
         if job.files[0] not in rejected:  # then its array is there
             beside = folder / f"{job.id}.txt"
-            shape = "x".join(map(str, load_sample(folder, {"id": job.id}, mmap_mode="r").shape))
+            shape = "x".join(map(str, load_sample(folder, {"id": job.id}, mmap_mode="r").shape))  # C, H, W, S
             samples.append((job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape))
             sources.append((job.id, job.files[0], beside.read_text() if beside.exists() else ""))
     write_csv(folder / "samples.csv", "id modality labels patient split shape", samples)
@@ -931,12 +931,12 @@ def main():
     if options.dataset == "demo":  # phantoms, written as real files and then read like any others
         from tests.phantoms import write_demo  # the tests' own files, which only the demo needs
         print("prepare.py demo", *(f"--{name} {value}" for name, value in sizes.items()))
-        options.labels = write_demo(source)
+        options.labels = write_demo(source)  # a table like anyone's
     stop(not os.path.isdir(source), f"{source}: no such folder; give the folder that holds the data")
-    key = read_key(options.key_file)
+    key = read_key(options.key_file)  # of all ids and patients
     recipe = sizes | {"version": VERSION, "dataset": options.dataset, "another key": pseudonym(key, "key"),
                       "another source": pseudonym(key, os.path.realpath(source))}
-    made = read_recipe(target)[1] if (target / "recipe.json").exists() else recipe
+    made = read_recipe(target)[1] if (target / "recipe.json").exists() else recipe  # no sample was kept yet
     differs = [f"{name} {made.get(name)}" for name in recipe if made.get(name) != recipe[name]]
     stop(differs, f"{target} was made with {', '.join(differs)}; give the same, or another --name")
     files, left_out = walk(source)
@@ -945,7 +945,7 @@ def main():
     except (KeyError, ValueError) as error:
         raise UserError(f"{source}: not laid out as {options.dataset} is published ({error!r})") from error
     left_out += others
-    known = {path for job in jobs for path in job.files}.union(dict(left_out))
+    known = {path for job in jobs for path in job.files}.union(dict(left_out))  # no file disappears
     left_out += [(path, "no sample by its name and the data set's tables, or twice here")
                  for path in files if kind_of(path) and path not in known]
     stop(not jobs and not left_out, f"{source}: holds no files of {options.dataset}")
@@ -953,7 +953,7 @@ def main():
         print("note: ids are made with a public key: anyone can test a guess; patients' data need --key-file")
     jobs = [job._replace(id=pseudonym(key, job.key or job.files[0]), patient=pseudonym(key, job.patient))
             for job in jobs]
-    jobs.sort(key=lambda job: job.id)
+    jobs.sort(key=lambda job: job.id)  # an order that tells nothing, and shards of any kind of file
     old = {}
     with suppress(UserError):  # no table yet
         old = {row["id"]: row["modality"] for row in read_samples(target)}
@@ -961,7 +961,7 @@ def main():
             or old.get(job.id, job.modality) != job.modality]  # it was windowed as another modality
     answers = guarded(lambda job: cache_sample(job, source, target, recipe), todo, options.workers)
     for job, answer in tqdm(answers, total=len(todo), unit="sample", desc=target.name, disable=not todo):
-        left_out += [(path, str(answer)) for path in job.files if answer]
+        left_out += [(path, str(answer)) for path in job.files if answer]  # of a refused series every slice
     if options.shard:
         print(f"{target}: part {options.shard} is made; after the last part, run once without --shard")
         return
