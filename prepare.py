@@ -61,7 +61,6 @@ VIDEO_OPTIONS = {"format_whitelist": "avi,mov,matroska,webm,mpeg,mpegts,mpegvide
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif"), "nifti": (".nii", ".nii.gz"),
             "video": (".avi", ".mp4", ".mov", ".mpg", ".mpeg", ".mkv", ".wmv", ".m4v", ".webm")}
 UNKNOWN_FILE = "not a DICOM, NIfTI, image or video file"
-AS_IMAGES = "(--allow-2d keeps each as an image)"
 BURNED_IN = "may show names or dates in its pixels (BurnedInAnnotation is not NO)"
 # One future sample. files: relative to the source, one or the slices or frames; kind: image, video, nifti,
 # dicom, series or clip; key: what the id is made of, where it is not the path; the last two: of one slice.
@@ -565,14 +564,14 @@ def dicom_header(path, source="", modality=None, allow_2d=True):
     refuse(ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1, "HighBit is not BitsStored - 1")
     patient, uid, *passes = (str(ds.get(tag) or "") for tag in ("PatientID", "SeriesInstanceUID", *PASS_TAGS))
     texts = "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"
-    modality = modality or DICOM_MODALITIES.get(ds.get("Modality"))
+    modality = modality or DICOM_MODALITIES.get(str(ds.get("Modality")))
     job = Job([path], "dicom", modality, body_parts(*map(ds.get, texts)), patient)
     if modality not in VOLUMES:
         return job
     refuse(re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))), "localizer")
     if int(ds.get("NumberOfFrames") or 1) > 1:
         return job._replace(kind="series")  # an enhanced file
-    refuse(not uid and not allow_2d, f"no SeriesInstanceUID (0020,000E) {AS_IMAGES}")
+    refuse(not uid and not allow_2d, "no SeriesInstanceUID (0020,000E) (--allow-2d keeps it as an image)")
     direction, place = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
         "ImageOrientationPatient", "ImagePositionPatient"))  # + 0.0, since -0.0 is another text
     stack = patient, uid or path, int(ds.Rows), int(ds.Columns), direction
@@ -624,7 +623,7 @@ def find_samples(source, files, allow_2d, workers, told):
             jobs += [job._replace(kind="dicom", key="") for job in slices]
         else:
             reason = f"{len(slices)} slices of this series, size and direction, a volume needs {MIN_SLICES}"
-            left_out += [(job.files[0], f"{reason} {AS_IMAGES}") for job in slices]
+            left_out += [(job.files[0], f"{reason} (--allow-2d keeps each as an image)") for job in slices]
     return jobs, left_out
 
 
@@ -772,9 +771,8 @@ def chest_labels(place, dataset):
     return labels
 
 
-DATASETS = {"demo": folder, "folder": folder, "chestxray14": chestxray14, "fetal_planes": fetal_planes,
-            "kvasir_capsule": kvasir_capsule, "hyper_kvasir": hyper_kvasir,
-            "ct_rate": ct_rate, "radgenome": ct_rate}
+DATASETS = dict(demo=folder, folder=folder, chestxray14=chestxray14, fetal_planes=fetal_planes,
+                kvasir_capsule=kvasir_capsule, hyper_kvasir=hyper_kvasir, ct_rate=ct_rate, radgenome=ct_rate)
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------
