@@ -676,8 +676,9 @@ HYPER_KVASIR = {finding: (category,) for category, findings in {
 
 
 def matched(source, files, pattern):
-    """[(path, row)] of the files whose name or stem is the first cell of a row of the data set's table."""
+    """[(path, row)] of the images or videos whose name or stem is the first cell of a row of the table."""
     rows = {list(row.values())[1]: row for row in table(source, files, pattern)}  # after its "line"
+    files = filter(kind_of, files)
     names = [(path, name) for path in files for name in (os.path.basename(path), Path(path).stem)]
     return [(path, rows.pop(name)) for path, name in names if name in rows]
 

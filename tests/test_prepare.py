@@ -908,6 +908,11 @@ def test_another_modality_makes_a_sample_again(tmp_path, monkeypatch):
         arrays.append(load(kept["a.nii.gz"]))
     fresh, _ = prepare_main(monkeypatch, tmp_path, *args, "--modality", "mri", name="fresh")
     assert not np.array_equal(arrays[0], arrays[1]) and np.array_equal(arrays[1], load(fresh["a.nii.gz"]))
+    nifti(tmp_path / "data/c.nii.gz", hu - 5000, affine)  # below all HU: as CT it is blank
+    kept, _ = prepare_main(monkeypatch, tmp_path, *args, "--modality", "mri")
+    array = Path(kept["c.nii.gz"]["folder"], f"{kept['c.nii.gz']['id']}.npy")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, *args, "--modality", "ct")
+    assert set(kept) == {"a.nii.gz", "b.png"} and rejected["c.nii.gz"].startswith("blank") and not array.exists()
 
 
 def test_another_source_key_or_size_is_refused_once_a_sample_is_kept(tmp_path, monkeypatch):
