@@ -19,8 +19,7 @@ from embed import ALIKE, embed_rows, load_embedder, picture, read_embeddings
 from model import expecting, save_montage
 from prepare import PUBLIC_KEY, UserError, atomic_write, cli, load_sample, pseudonym, read_samples
 
-BLOCK = 1024  # queries whose scores against the whole gallery are in memory at once
-LIST, CUTS = 10, (1, 5, 10)  # the list that MnR and MdR look at, the K of R@K
+LIST, CUTS, BLOCK = 10, (1, 5, 10), 1024  # what MnR and MdR look at; K of R@K; queries scored at a time
 METRICS = ("R@1", "R@5", "R@10", "MnR", "MdR", "P@10")  # the paper has the first five
 PROBE_METRICS = ("F1", "precision", "accuracy", "AUROC")
 L2 = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)  # CHOICE: the paper names no regularisation of its probe
@@ -374,10 +373,9 @@ def table(results):
     widths = [max(map(len, column)) for column in zip(*lines)]  # so that it reads well as plain text too
     lines.insert(1, ["-" * width for width in widths])
     lines = [f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths))} |" for line in lines]
-    for model in dict.fromkeys(r["model"] for r in results):
-        mine = [r for r in results if r["model"] == model]
-        seen, total = [r["seen_in_pretraining"] for r in mine], sum(r["queries"] for r in mine)
-        known = "unknown" if None in seen else f"{sum(seen):,} of {total:,}"
+    for model, mine in itertools.groupby(results, key=lambda r: r["model"]):  # they come model by model
+        seen, total = zip(*((r["seen_in_pretraining"], r["queries"]) for r in mine))
+        known = "unknown" if None in seen else f"{sum(seen):,} of {sum(total):,}"
         lines.append(f"seen in pretraining: {known} ({model})")
     return "\n".join(lines)
 
@@ -418,12 +416,10 @@ def main():
     args = parser.parse_args()
     if sum(map(bool, (args.task, args.embeddings, args.scaling))) != 1 or "WORLD_SIZE" in os.environ:
         parser.error("give one of --task, --embeddings and --scaling, and no torchrun (embed.py knows it)")
-    if args.embeddings and len(args.cache or []) != 1 or args.task == "probe" and len(args.pool) > 1:
-        parser.error("--embeddings needs one --cache, probe one --pool")
-    idle = args.task and (args.gallery or args.gallery_cache or args.relevance != "any")
-    idle = idle or args.task == "probe" and (args.exclude_same or args.figure)
-    if idle or args.embeddings and (args.checkpoint or args.encoder != "m3ret"):
-        parser.error("a flag that was given has no effect with this --task, or with --embeddings")
+    wrong = args.embeddings and (len(args.cache or []) != 1 or args.checkpoint or args.encoder != "m3ret")
+    wrong = wrong or args.task and (args.gallery or args.gallery_cache or args.relevance != "any")
+    if wrong or args.task == "probe" and (args.exclude_same or args.figure or len(args.pool) > 1):
+        parser.error("--embeddings needs one --cache, probe takes one --pool; a flag has no effect here")
     if args.scaling:
         return scaling(args.scaling, args.against)
     results = probe(args) if args.task == "probe" else run_task(args)
