@@ -227,7 +227,7 @@ def read_image(path, count=1, seed=0):
 
 
 def read_video(source, count, seed):
-    """AVI, MP4, MOV ... (path or bytes) -> `count` frames (h, w, 3) uint8, in one decoding pass."""
+    """AVI, MP4, MOV ... (path or bytes) -> `count` frames (h, w, 3) uint8, in one pass if a length is told."""
     with iio.imopen(source, "r", plugin="pyav", options=VIDEO_OPTIONS, metadata_errors="ignore") as video:
         length = video.properties(index=...).n_images or sum(1 for _ in video.iter(thread_count=1))
         numbers, frames = draw(length, count, seed), {}
@@ -235,7 +235,7 @@ def read_video(source, count, seed):
             for n in sorted(set(numbers)):  # what lies between is decoded but not converted, the longer part
                 frames[n] = video.read(index=n, constant_framerate=False, thread_count=1)
         except StopIteration:
-            raise Refused(f"damaged, ends before frame {n} of the {length} it declares") from None
+            raise Refused(f"damaged, ends before frame {n} of its {length}") from None
         return [frames[n] for n in numbers]
 
 
@@ -269,14 +269,15 @@ BODY_PARTS = {
     "forearm": "RADIUS ULNA RADIUSULNA FOREARM", "hand": "HAND FINGER THUMB", "knee": "KNEE PATELLA",
     "lower leg": "LEG TIBIA TIBIAFIBULA CALF", "ankle": "ANKLE", "foot": "FOOT TOE CALCANEUS",
     "": "AND TO AP PA LAT LATERAL LEFT RIGHT PORT PORTABLE CT MR XR CTA WITHOUT WITH CONTRAST"}
-WORDS = re.compile("|".join(sorted(" ".join(BODY_PARTS.values()).split(), key=len, reverse=True)))
+WORD = "|".join(sorted(" ".join(BODY_PARTS.values()).split(), key=len, reverse=True))
+WORDS = re.compile(f"(?:{WORD})(?=(?:{WORD})*$)")  # a word, the longest after which only known words follow
 
 
 def body_parts(*texts):
     """Coarse parts named by the first of the texts that consists of known words only, CHESTABDPELVIS too."""
     for text in texts:
         text = re.sub("[^A-Z0-9]+", "", str(text or "").upper())  # CHEST/ABD as CHESTABD
-        words = WORDS.findall(text)  # the longest that fits first
+        words = WORDS.findall(text)  # CTABDOMEN is CT ABDOMEN, not CTA ...
         found = tuple(part for part, known in BODY_PARTS.items() if part and set(words) & set(known.split()))
         if found and "".join(words) == text:
             return found
@@ -327,7 +328,7 @@ def dicom_frame(ds, frame, modality):
     lut = ds.get("ModalityLUTSequence")  # goes before slope and intercept
     x = (apply_modality_lut(stored, ds) if lut else stored * slope + intercept).astype(np.float32)  # (h, w)
     shown, width = np.zeros_like(x), np.atleast_1d(ds.get("WindowWidth") or 0)[0]  # some hold an empty one
-    windowed = ds.get("VOILUTSequence") or ds.get("WindowCenter") is not None and float(width) >= 1
+    windowed = ds.get("VOILUTSequence") or ds.get("WindowCenter") is not None and float(width or 0) >= 1
     if modality == "xray" and windowed:  # PS3.3 C.11.2; two appended extremes come back as black and white
         padded = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))  # (h w + 2,)
         padded = apply_voi_lut(padded.astype(np.int32) if ds.get("VOILUTSequence") else padded, ds)
@@ -340,7 +341,7 @@ def dicom_frame(ds, frame, modality):
         x = stored / full  # 8 bits as they are
     else:
         x = stretch(x, ~outside)
-    if ds.PhotometricInterpretation == "MONOCHROME1":
+    if modality != "ct" and ds.PhotometricInterpretation == "MONOCHROME1":  # HU are never inverted
         warnings.warn("MONOCHROME1: inverted", Note)
         x = 1 - x
     return np.where(outside, 0, x).astype(np.float32)
@@ -373,7 +374,7 @@ def read_series(files, modality):
             ds = open_dicom(path)
             stored = pixel_array(ds).reshape(-1, ds.Rows, ds.Columns)  # (frames, rows, columns)
         except BaseException as error:  # decoders raise all there is; this is a guarded child
-            raise Refused(f"slice {Path(path).name}: {type(error).__name__} {error}") from error
+            raise Refused(f"a slice is damaged: {Path(path).name}, {type(error).__name__} {error}") from error
         sign = -1 if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else 1
         for n, plane in enumerate(stored):
             place = [per_frame(ds, n, tag) for tag in (
@@ -437,23 +438,21 @@ def decode(job, source, size, slices, frames):
 
 
 def cache_sample(job, source, folder, recipe):
-    """Make folder/ID.npy of a job, and ID.txt with its notes, if there are any."""
+    """Make folder/ID.npy of a job, and first ID.txt: the modality it was made as, and notes."""
     refuse(not job.modality, "modality unknown; give --modality")
-    (folder / f"{job.id}.npy").unlink(missing_ok=True)  # it was made as another modality
     array, notes = decode(job, source, **{name: recipe[name] for name in SIZES})
     if not (folder / "recipe.json").exists():  # from its first sample on a cache is of one recipe
         with atomic_write(folder / "recipe.json") as file:
             file.write(json.dumps(recipe).encode())
-    (folder / f"{job.id}.txt").unlink(missing_ok=True)
-    if notes:
-        with atomic_write(folder / f"{job.id}.txt") as file:
-            file.write("; ".join(notes).encode())
+    with atomic_write(folder / f"{job.id}.txt") as file:
+        file.write("; ".join([job.modality, *notes]).encode())
     with atomic_write(folder / f"{job.id}.npy") as file:  # last: it says that the sample is done
         np.save(file, array, allow_pickle=False)
 
 
-def attempt(task, batch, pipe):
+def attempt(task, batch, reader, writer):
     """In a child: send task(item) of each item, or why there is none; short of time and memory."""
+    reader.close()  # the parent's end: without it the next answer of an orphan ends it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # decoders print what files say
     os.dup2(1, 2)
     for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
@@ -467,36 +466,36 @@ def attempt(task, batch, pipe):
         try:
             answer = task(item)
         except (Refused, UserError) as error:  # a UserError: the cache cannot be written
-            answer = error
+            answer = type(error)(*error.args)  # without its frames, which hold the pixels
         except BaseException as error:  # decoders raise all there is, KeyboardInterrupt included
             answer = Refused(f"cannot be decoded: {type(error).__name__} {error}")
         signal.alarm(0)  # the parent may take its time
-        pipe.send(answer)
+        writer.send(answer)
 
 
 def guarded(task, items, workers):
-    """Yield (item, task(item)), or (item, Refused), in any order. No file can end or hang the run: of a batch
-    whose child died the item at work is refused, the rest gets another child. A UserError ends the run."""
+    """Yield (item, task(item)), or (item, Refused), in any order. No file can end or hang the run: the rest
+    of a batch whose child died gets another; what a fresh child dies of is refused. A UserError ends all."""
     step = max(1, min(256, len(items) // (8 * workers)))  # a fork costs as much as a few images
     waiting = [items[i:i + step] for i in range(0, len(items), step)]  # batches
     fork, running = multiprocessing.get_context("fork"), {}
     while waiting or running:
         while waiting and len(running) < workers:
             batch, (reader, writer) = waiting.pop(0), fork.Pipe(duplex=False)
-            child = fork.Process(target=attempt, args=(task, batch, writer), daemon=True)  # ends with us
+            child = fork.Process(target=attempt, args=(task, batch, reader, writer), daemon=True)
             child.start()
             writer.close()
-            running[reader] = child, batch
+            running[reader] = child, batch, len(batch)
         for reader in multiprocessing.connection.wait(list(running)):
-            child, batch = running[reader]
+            child, batch, size = running[reader]
             try:
                 answer = reader.recv()
-            except EOFError:  # it has ended, or died of the item at work
+            except EOFError:  # it has ended, or died of the item at work, or of what one before it did
                 del running[reader]
                 child.join()
-                if not batch:
+                waiting += [batch] if batch else []
+                if not batch or len(batch) < size:
                     continue
-                waiting.append(batch)  # what is left of it, after the next lines
                 cause = "timed out" if child.exitcode == -signal.SIGALRM else "decoder crashed"
                 answer = Refused(f"{cause} (exit code {child.exitcode})")
             stop(isinstance(answer, UserError), answer)
@@ -512,10 +511,10 @@ def walk(source):
             path = os.path.join(folder, entry.name)
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 left_out.append((path, "hidden, not read"))
-            elif entry.is_file() and entry.stat().st_size:
+            elif os.path.isfile(entry) and os.path.getsize(entry):
                 files.append(path)
             elif (entry.is_dir(follow_symlinks=False) and os.access(entry, os.R_OK | os.X_OK)
-                  and not {"recipe.json", "samples.csv"} <= set(os.listdir(entry))):
+                  and not (Path(entry, "recipe.json").exists() and any(Path(entry).glob("*.npy")))):
                 folders.append(path)
             else:
                 left_out.append((path, "empty, locked, no regular file, link to a folder or cache: not read"))
@@ -615,10 +614,10 @@ def find_samples(source, files, allow_2d, workers, told):
     for slices in stacks.values():
         kept = one_pass(sorted(slices))
         if len(kept) >= MIN_SLICES:
-            files = [job.files[0] for job in kept]
-            jobs.append(kept[0]._replace(files=files, kind="series"))
+            names = [job.files[0] for job in kept]
+            jobs.append(kept[0]._replace(files=names, kind="series"))
             reason = "another echo, b-value, phase or time of a kept series"
-            left_out += [(job.files[0], reason) for job in slices if job.files[0] not in files]
+            left_out += [(name, reason) for name in {job.files[0] for job in slices}.difference(names)]
         elif allow_2d:
             jobs += [job._replace(kind="dicom", key="") for job in slices]
         else:
@@ -675,17 +674,17 @@ HYPER_KVASIR = {finding: (category,) for category, findings in {
     for finding in findings.split("/")}
 
 
-def matched(source, files, pattern):
-    """[(path, row)] of the images or videos whose name or stem is the first cell of a row of the table."""
+def matched(source, files, pattern, kind):
+    """[(path, row)] of the files of a kind whose name or stem is the first cell of a row of the table."""
     rows = {list(row.values())[1]: row for row in table(source, files, pattern)}  # after its "line"
-    files = filter(kind_of, files)
+    files = [path for path in files if kind_of(path) == kind]
     names = [(path, name) for path in files for name in (os.path.basename(path), Path(path).stem)]
     return [(path, rows.pop(name)) for path, name in names if name in rows]
 
 
 def chestxray14(source, files, options):
     """images/*.png or images_001/images/*.png ...; labels by Data_Entry, split by the official lists."""
-    pairs, jobs = matched(source, files, r"Data_Entry_2017.*\.csv"), []
+    pairs, jobs = matched(source, files, r"Data_Entry_2017.*\.csv", "image"), []
     parts = {row["name"]: part for part, listed in (("train", "train_val"), ("test", "test"))
              for row in table(source, files, rf"{listed}_list\.txt", head=["name"])}
     for path, row in pairs:
@@ -698,13 +697,13 @@ def chestxray14(source, files, options):
 def fetal_planes(source, files, options):
     """Images/*.png; plane and patient by FETAL_PLANES_DB_data.csv. The task queries all of them: test."""
     return [Job([path], "image", "ultrasound", (row["Plane"],), row["Patient_num"], "test")
-            for path, row in matched(source, files, r"FETAL_PLANES_DB_data\.csv")], []
+            for path, row in matched(source, files, r"FETAL_PLANES_DB_data\.csv", "image")], []
 
 
 def hyper_kvasir(source, files, options):
     """labeled-videos/**/UUID.avi; category by Finding 1 of video-labels.csv, none where no category fits."""
     return [Job([path], "video", "endoscopy", HYPER_KVASIR.get(row["Finding 1"].lower(), ()), "", "test")
-            for path, row in matched(source, files, r"video-labels\.csv")], []
+            for path, row in matched(source, files, r"video-labels\.csv", "video")], []
 
 
 def kvasir_capsule(source, files, options):
@@ -787,9 +786,12 @@ def read_key(path):
     if not path:
         return PUBLIC_KEY
     if not os.path.lexists(path):
-        with tempfile.NamedTemporaryFile(dir=Path(path).absolute().parent) as new, suppress(FileExistsError):
+        folder = Path(path).absolute().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as new, suppress(FileExistsError):
             new.write(secrets.token_hex(32).encode())
             new.flush()
+            os.fsync(new.fileno())
             os.link(new.name, path)  # whole, mode 0600; runs that start together take the first's
             print(f"made the new key {path}: keep it, and keep it apart from the cache")
     key = Path(path).read_bytes().strip() if os.path.isfile(path) else b""
@@ -814,14 +816,14 @@ def write_csv(path, header, rows, mode=0o666):
 
 
 def write_tables(folder, jobs, left_out):
-    """samples.csv of the jobs not left out, and what only their owner may see -> notes, {path: reason}."""
+    """samples.csv of the arrays there are, and what only their owner may see -> notes, {path: reason}."""
     samples, sources, rejected = [], [], dict(sorted(left_out))
     for job in jobs:
-        if job.files[0] not in rejected:  # then its array is there
-            beside = folder / f"{job.id}.txt"
+        path, beside = folder / f"{job.id}.npy", folder / f"{job.id}.txt"
+        if path.exists():
             shape = "x".join(map(str, load_sample(folder, {"id": job.id}, mmap_mode="r").shape))  # C, H, W, S
             samples.append((job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape))
-            sources.append((job.id, job.files[0], beside.read_text() if beside.exists() else ""))
+            sources.append((job.id, job.files[0], beside.read_text().partition("; ")[2]))
     write_csv(folder / "samples.csv", "id modality labels patient split shape", samples)
     write_csv(folder / "sources.csv", "id path notes", sources, 0o600)
     write_csv(folder / "rejected.csv", "path reason", rejected.items(), 0o600)
@@ -834,7 +836,8 @@ def read_samples(folder):
     for row in read_csv(path, "make the cache with prepare.py"):
         line, name = row.pop("line"), row.get("id", "")
         shape = re.fullmatch("([1-9][0-9]*)" + "x([1-9][0-9]*)" * 3, row.get("shape", ""))
-        stop(not shape or not re.fullmatch("[0-9a-f]{16}", name) or name in rows,
+        whole = {"modality", "labels", "patient", "split"} <= row.keys()
+        stop(not shape or not whole or not re.fullmatch("[0-9a-f]{16}", name) or name in rows,
              f"{path}, line {line}: not as prepare.py wrote it; run it again")
         labels = tuple(filter(None, row["labels"].split("|")))
         rows[name] = row | {"labels": labels, "shape": tuple(map(int, shape.groups())), "folder": str(folder)}
@@ -941,7 +944,7 @@ def main():
     files, left_out = walk(source)
     try:
         jobs, others = DATASETS[options.dataset](source, files, options)
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         raise UserError(f"{source}: not laid out as {options.dataset} is published ({error!r})") from error
     left_out += others
     known = {path for job in jobs for path in job.files}.union(dict(left_out))  # no file disappears
@@ -953,11 +956,11 @@ def main():
     jobs = [job._replace(id=pseudonym(key, job.key or job.files[0]), patient=pseudonym(key, job.patient))
             for job in jobs]
     jobs.sort(key=lambda job: job.id)  # an order that tells nothing, and shards of any kind of file
-    old = {}
-    with suppress(UserError):  # no table yet
-        old = {row["id"]: row["modality"] for row in read_samples(target)}
-    todo = [job for job in jobs[part] if not (target / f"{job.id}.npy").exists()
-            or old.get(job.id, job.modality) != job.modality]  # it was windowed as another modality
+    for job in jobs[part]:
+        beside = target / f"{job.id}.txt"
+        if beside.exists() and beside.read_text().partition("; ")[0] != job.modality:  # windowed as another
+            (target / f"{job.id}.npy").unlink(missing_ok=True)
+    todo = [job for job in jobs[part] if not (target / f"{job.id}.npy").exists()]
     answers = guarded(lambda job: cache_sample(job, source, target, recipe), todo, options.workers)
     for job, answer in tqdm(answers, total=len(todo), unit="sample", desc=target.name, disable=not todo):
         left_out += [(path, str(answer)) for path in job.files if answer]  # of a refused series every slice

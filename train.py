@@ -174,7 +174,7 @@ def fit(args, about, method, optimizer, schedule, start, device):
             x = take_frames(unit(batch.to(device, non_blocking=True)), generator=generator)  # in [0, 1]
             inputs = method.inputs(x, generator)  # a mask, or views
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, parts = model(*inputs)  # a scalar, and what it is made of as floats
+                loss, parts = model(*inputs)  # a scalar, and what it is made of for the log
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # DDP averages gradients over ranks here
             norm = nn.utils.clip_grad_norm_(method.parameters(), method.CLIP_GRAD)  # alike on all ranks

@@ -196,11 +196,14 @@ def test_nifti_scale_byte_order_version_and_mr_window(tmp_path):
     assert 0.003 < (x == 0).mean() < 0.01 and 0.003 < (x == 1).mean() < 0.01, "0.5 % on each side is clipped"
 
 
-def test_hounsfield_units_of_a_known_file():
+def test_hounsfield_units_of_a_known_file(tmp_path):
     ds = pydicom.dcmread(WHEEL / "CT_small.dcm")
     hu = ds.pixel_array.astype(float) * ds.RescaleSlope + ds.RescaleIntercept
-    modality, x = read_any(WHEEL / "CT_small.dcm", size=128)  # 128 x 128 already
-    assert modality == "ct" and np.abs(x[0, :, :, 0] * 2000.0 - 1000 - hu.clip(-1000, 1000)).max() < 1
+    ds.PhotometricInterpretation, ds.WindowWidth = "MONOCHROME1", ["", "400"]  # which change no Hounsfield unit
+    ds.save_as(tmp_path / "inverse.dcm")
+    for path in (WHEEL / "CT_small.dcm", tmp_path / "inverse.dcm"):
+        modality, x = read_any(path, size=128)  # 128 x 128 already
+        assert modality == "ct" and np.abs(x[0, :, :, 0] * 2000.0 - 1000 - hu.clip(-1000, 1000)).max() < 1
 
 
 def test_slices_with_their_own_rescale_and_enhanced_frames_out_of_order(tmp_path):
@@ -468,10 +471,37 @@ def test_a_full_disk_ends_the_run_and_blames_no_file(tmp_path, monkeypatch):
     assert not [name for name in left if "npy" in name or name.endswith("csv")]
 
 
+def test_guarded_blames_the_item_at_work_and_ends_with_its_parent():
+    """Item 2 leaves a thread that kills the process later; 5 kills each child at once."""
+    def task(item):
+        if item == 2:
+            threading.Thread(target=lambda: (time.sleep(0.05), os.kill(os.getpid(), signal.SIGSEGV)), daemon=True).start()
+        elif item == 5:
+            os._exit(0)
+        time.sleep(0.1 * (item == 3))
+        return item
+
+    faulthandler.disable()
+    answers = dict(prepare.guarded(task, list(range(100)), 1))
+    assert {item for item, answer in answers.items() if answer != item} == {5} and len(answers) == 100
+    assert isinstance(answers[5], prepare.Refused)
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if not parent:
+        os.close(reader)
+        for item, _ in prepare.guarded(lambda item: os.write(writer, b"x") and time.sleep(0.02), list(range(800)), 1):
+            if item == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
+    os.waitpid(parent, 0)
+    with open(reader, "rb") as made:
+        assert len(made.read()) < 20, "an orphan ends at its next answer; read() returns when no writer is left"
+
+
 # ---- DICOM series ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("spoil, expected", [
     ("gap", "gap of 6.0 mm after slice 7 of 15, others 3.0 mm"), ("few", "5 slices .*, a volume needs 8"), ("none", ""),
-    ("duplicate", ""), ("different", "two different slices at one position"), ("cut", "slice IM.*: .* less than expected"),
+    ("duplicate", ""), ("different", "two different slices at one position"), ("cut", "a slice is damaged: IM.* less than expected"),
     ("unplaced", "no ImageOrientationPatient"), ("nouid", "no SeriesInstanceUID")])
 def test_a_series_is_whole_or_refused(tmp_path, monkeypatch, spoil, expected):
     hu, affine = phantom()
@@ -519,7 +549,8 @@ def test_scouts_other_sizes_phases_and_copies_are_named_and_two_series_are_two_v
 
 
 def test_body_parts_of_messy_tags():
-    for text, parts in {"CHEST": ["chest"], "PORT CHEST": ["chest"], "Abdomen_Pelvis": ["abdomen", "pelvis"],
+    for text, parts in {"CT ABDOMEN": ["abdomen"], "CT ABD/PEL": ["abdomen", "pelvis"], "CTA CHEST": ["chest"], "CT ANKLE LEFT": ["ankle"],
+                        "CHEST": ["chest"], "PORT CHEST": ["chest"], "Abdomen_Pelvis": ["abdomen", "pelvis"],
                         "C_A_P": ["chest", "abdomen", "pelvis"], "CHEST/ABD/PELVIS": ["chest", "abdomen", "pelvis"],
                         "EAR": ["head"],
                         "T SPINE": ["tspine"], "CERVIX": ["pelvis"], "CERVICAL_SPINE": ["cspine"], "RESEARCH": [],
@@ -580,13 +611,13 @@ def test_ids_depend_on_the_key_and_patients_are_hashed(tmp_path, monkeypatch):
     for n in range(2):
         dicom(tmp_path / f"data/{n}.dcm", SPOT)
     ids = {}
-    key = ["--key-file", tmp_path / "new.key"]
+    key = ["--key-file", tmp_path / "keys/new.key"]
     for name, args in {"a": [], "b": key, "c": key}.items():
         kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args, name=name)
         assert len({row["patient"] for row in kept.values()}) == 1 and kept["0.dcm"]["labels"] == ("chest",)
         ids[name] = [row["id"] for row in kept.values()] + [kept["0.dcm"]["patient"]]
     assert ids["a"] != ids["b"] == ids["c"] and all(re.fullmatch("[0-9a-f]{16}", name) for name in ids["b"])
-    assert stat.S_IMODE((tmp_path / "new.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "keys/new.key").stat().st_mode) == 0o600
 
 
 def tree(folder):
@@ -774,13 +805,14 @@ def test_hyper_kvasir(tmp_path, monkeypatch):
                         "bbbb": "upper-gi-tract/y", "cccc": "z"}.items():
         (data / place).mkdir(parents=True)
         video(data / place / f"{name}.avi")
+    png(data / "8f9e4085.png")  # a thumbnail
     (data / "video-labels.csv").write_bytes(
         b"Video file,Organ,Finding 1,Classification 1,Detailed description of finding,Finding 2,Classification 2\n"
         b"8f9e4085,Lower GI,anastomosis,Pathological findings,,stent,Therapeutic interventions\n"
         b'aaaa,Lower GI,"cancer, colorectal ",Pathological findings,\xa8,,\n'
         b"bbbb,Upper GI,ERCP,Therapeutic interventions,,,\n")
     kept, rejected = prepare_main(monkeypatch, tmp_path, "hyper_kvasir", data)
-    assert list(rejected) == ["z/cccc.avi"]
+    assert sorted(rejected) == ["8f9e4085.png", "z/cccc.avi"]
     assert [row["labels"] for row in kept.values()].count(()) == 1 and kept["lower/x/aaaa.avi"]["labels"] == ("cancer",)
     assert len(set(prepare.HYPER_KVASIR.values())) == 13
 
@@ -915,6 +947,18 @@ def test_another_modality_makes_a_sample_again(tmp_path, monkeypatch):
     assert set(kept) == {"a.nii.gz", "b.png"} and rejected["c.nii.gz"].startswith("blank") and not array.exists()
 
 
+def test_another_modality_after_a_run_that_wrote_no_tables(tmp_path, monkeypatch):
+    """Stopped because the modality was wrong, and started again with the right one."""
+    hu, affine = phantom()
+    for n in range(4):
+        nifti(tmp_path / f"data/{n}.nii.gz", hu + n, affine)
+    args = ["folder", tmp_path / "data", "--size", 32, "--slices", 8, "--modality"]
+    command(monkeypatch, *args, "mri", "--name", "x", "--out", tmp_path / "cache", "--shard", "0/1")
+    kept, _ = prepare_main(monkeypatch, tmp_path, *args, "ct")
+    fresh, _ = prepare_main(monkeypatch, tmp_path, *args, "ct", name="fresh")
+    assert len(kept) == 4 and all(np.array_equal(load(kept[path]), load(fresh[path])) for path in kept)
+
+
 def test_another_source_key_or_size_is_refused_once_a_sample_is_kept(tmp_path, monkeypatch):
     data, other = tmp_path / "data", tmp_path / "other"
     for folder in (data, other):
@@ -1009,6 +1053,7 @@ def test_the_commonest_reason_is_that_of_files_of_a_known_kind(tmp_path, monkeyp
 
 @pytest.mark.parametrize("table, line", [
     ("id,modality,labels,patient,split\n0123456789abcdef,ct,,,\n", 2),  # no shape
+    ("id,labels,patient,split,shape\n0123456789abcdef,,,,1x8x8x1\n", 2),  # no modality
     ("{head}{row}{row}", 3), ("{head}../../x,ct,,,,1x8x8x1\n", 2), ("{head}0123456789abcdef,ct,,,,1x8x8\n", 2),
     ("{head}0123456789abcdef,ct,,,,1x8xAx1\n", 2), ("{head}0123456789abcdef,ct\n", 2)])
 def test_a_broken_samples_table_names_its_line(tmp_path, table, line):
