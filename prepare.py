@@ -227,7 +227,7 @@ def read_image(path, count=1, seed=0):
 
 
 def read_video(source, count, seed):
-    """AVI, MP4, MOV ... (path or bytes) -> `count` frames (h, w, 3) uint8, in one pass if a length is told."""
+    """AVI, MP4, MOV ... (or bytes) -> `count` frames (h, w, 3) uint8, in one pass if a length is told."""
     with iio.imopen(source, "r", plugin="pyav", options=VIDEO_OPTIONS, metadata_errors="ignore") as video:
         length = video.properties(index=...).n_images or sum(1 for _ in video.iter(thread_count=1))
         numbers, frames = draw(length, count, seed), {}
