@@ -289,15 +289,15 @@ def ultrasound(part, rng):
 
 # ---- endoscopy: flying through a tube of about radius 1 ----------------------------------------------------
 
-ORGANS = {  # how dense the veins are; radius at an angle a and a depth z with n folds of depth d
-    "colon": (1.5, lambda a, z, n, d:  # half-moon folds in three rows between wide pockets
+ORGANS = {  # how dense the veins are; radius at angle a and depth z, n folds of depth d, phase p
+    "colon": (1.5, lambda a, z, n, d, p:  # half-moon folds in three rows between wide pockets
               1.1 - .42 * d * np.exp(-(8 * (z / 1.3 % 1 - .5)) ** 2) * (.7 + .3 * np.cos(3 * a + z))),
-    "stomach": (.6, lambda a, z, n, d:  # a wide cave with rugae winding along it
-                1.75 + .3 * np.sin(.8 * z) - .2 * d * np.abs(np.sin(n * a + 1.5 * np.sin(2 * z)))),
-    "bronchus": (.3, lambda a, z, n, d:  # stiff rings close together, then the carina
-                 .85 - .08 * d * np.cos(14 * z) * (1 + np.cos(a)) - (z > 3.5) * np.exp(-30 * np.cos(a) ** 2)),
-    "oesophagus": (1, lambda a, z, n, d:  # a narrow star, closing and opening in waves
-                   .78 - .3 * d * (.5 + .5 * np.cos(1.6 * z)) * (.6 + .4 * np.cos(n * a))),
+    "stomach": (.6, lambda a, z, n, d, p:  # a wide cave with rugae winding along it
+                1.75 + .3 * np.sin(.8 * z + p) - .2 * d * np.abs(np.sin(n * a + 1.5 * np.sin(2 * z)))),
+    "bronchus": (.3, lambda a, z, n, d, p:  # stiff rings close together, then the carina
+                 .85 - .08 * d * np.cos(14 * z) * (1 + np.cos(a)) - (z > 3.2) * np.exp(-30 * np.cos(a) ** 2)),
+    "oesophagus": (1, lambda a, z, n, d, p:  # a narrow star, closing and opening in waves
+                   .78 - .3 * d * (.5 + .5 * np.cos(1.6 * z + p)) * (.6 + .4 * np.cos(n * a + p))),
 }
 FINDINGS = {"polyp": (.85, .28, .28), "ulcer": (.95, .9, .65), "bleeding": (.45, .02, .02)}  # colours
 
@@ -305,7 +305,8 @@ FINDINGS = {"polyp": (.85, .28, .28), "ulcer": (.95, .9, .65), "bleeding": (.45,
 def endoscopy(organ, rng):
     """Frames (T, 160, 160, 3) uint8, None, finding: in or out through a veined tube."""
     dense, lumen = ORGANS[organ]
-    finding, folds, deep, pace = rng.choice([*FINDINGS, None]), rng.integers(4, 8), *rng.uniform(.7, 1.3, 2)
+    finding, folds = rng.choice([*FINDINGS, None]), rng.integers(4, 8)
+    deep, pace, phase = np.float32(rng.uniform((.7, .7, 0), (1.3, 1.3, 6.28)))
     spot, place, reach = rng.uniform((-3.14, 2, .25), (3.14, 3.5, .45))  # of the finding
     tip, drift, roll = rng.uniform(-.5, .5, 2), rng.uniform(-.2, .2, 2), rng.uniform(-1, 1, 2) * (3.14, .2)
     flesh = np.array([.8, .42, .34]) * rng.uniform(.96, 1.04, 3) * rng.uniform(.95, 1.05)
@@ -316,7 +317,7 @@ def endoscopy(organ, rng):
     for t in np.linspace(0, 1, rng.integers(24, 29))[::rng.choice([-1, 1])]:
         right, down = (1.25 * u + np.float32(v) for u, v in zip((x, y), tip + drift * t))
         angle, depth = np.arctan2(down, right) + np.float32(roll @ (1, t)), np.float32(1.2 * t)
-        wall = lumen(angle, (depth + planes) * np.float32(pace), folds, np.float32(deep))  # (20, 72, 72)
+        wall = lumen(angle, (depth + planes) * pace, folds, deep, phase)  # (20, 72, 72)
         gap = planes * np.hypot(right, down) - wall  # positive where a ray has left the tube
         gap[-1] = np.abs(gap[-1])  # the end of the world
         hit = np.argmax(gap > 0, 0).clip(1)
@@ -344,8 +345,8 @@ def endoscopy(organ, rng):
 # ---- files -------------------------------------------------------------------------------------------------
 
 def dicom(path, pixels, sop_class, syntax=ExplicitVRLittleEndian, **tags):
-    """A file of pixels (rows, columns), (frames, rows, columns) or (rows, columns, 3); `tags` overrule what follows
-    from them. Tests and benchmark write theirs with it, too."""
+    """A file of pixels (rows, columns), (frames, rows, columns) or (rows, columns, 3); `tags` overrule them.
+    Tests and benchmark write theirs with it, too."""
     ds, little = pydicom.Dataset(), syntax != ExplicitVRBigEndian
     ds.file_meta, ds.SOPClassUID = pydicom.dataset.FileMetaDataset(), sop_class
     colours = "RGB" if pixels.shape[2:] == (3,) else "MONOCHROME2"

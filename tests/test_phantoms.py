@@ -1,4 +1,4 @@
-"""The phantoms are real files of a known body: geometry, physics, headers, splits, and nothing left to chance."""
+"""Phantoms are real files of a known body: geometry, physics, headers, splits, and nothing left to chance."""
 import csv
 from collections import Counter
 
@@ -68,7 +68,7 @@ def test_bone_throws_a_shadow_in_ultrasound(monkeypatch):
 
 
 def test_both_ct_formats_hold_the_same_volume(tmp_path):
-    """Whatever the order of axes or files: positions and affines lead back to the array and its voxel size."""
+    """Whatever the order of axes or files: positions and affines lead back to the array and its voxels."""
     image = np.random.default_rng(0).integers(-1000, 2000, (9, 8, 7)).astype(np.int16)
     voxel = np.array([1.5, 1.5, 4])
     for seed in range(6):
@@ -114,7 +114,7 @@ def test_splits_labels_and_patients(demo):
     _, rows = demo
     count = Counter((r["modality"], r["split"]) for r in rows)
     assert count == {(m, "test"): 4 for m in MODALITIES} | {(m, "train"): 5 for m in MODALITIES if m != "mri"}
-    assert len({r["patient"] for r in rows}) == len({r["path"] for r in rows}) == len(rows)  # nobody in both splits
+    assert len({r["patient"] for r in rows}) == len({r["path"] for r in rows}) == len(rows)
     names = {m: {r["labels"].split("|")[0][5:] for r in rows if r["modality"] == m} for m in MODALITIES}
     assert names["ct"] == names["xray"] == {*PARTS}  # so they can be compared
     assert names["ultrasound"] == {*ECHO_PARTS} and names["endoscopy"] == {*ORGANS}
