@@ -410,7 +410,7 @@ MODALITIES = (*KINDS,)
 
 def write_sample(folder, modality, number, split, seed):
     """Make and write patient `number` of a modality; returns the row of labels.csv."""
-    rng = np.random.default_rng([seed, MODALITIES.index(modality), number])  # whoever else there is
+    rng = np.random.default_rng([seed, MODALITIES.index(modality), number])  # nobody else changes him
     patient = f"{seed}-{modality}-{number:04d}"
     make, parts, ending = KINDS[modality]
     part = [*parts][number % len(parts)]
@@ -433,7 +433,8 @@ def write_sample(folder, modality, number, split, seed):
 
 
 def write_demo(folder, n=200, seed=1):
-    """Write n training and ceil(.8 n) test patients per modality, last labels.csv -> its path; once only."""
+    """Write n training and ceil(.8 n) test patients of each modality (MRI: test only), last labels.csv -> its
+    path. What is there already is left as it is."""
     folder, test = Path(folder), -(-4 * n // 5)
     if (folder / "labels.csv").exists():
         return folder / "labels.csv"
