@@ -452,7 +452,7 @@ def cache_sample(job, source, folder, recipe):
 
 def attempt(task, batch, reader, writer):
     """In a child: send task(item) of each item, or why there is none; short of time and memory."""
-    reader.close()  # the parent's end: without it the next answer of an orphan ends it
+    reader.close()  # the parent's alone, so that the next answer of an orphan ends it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # decoders print what files say
     os.dup2(1, 2)
     for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
