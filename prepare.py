@@ -820,7 +820,7 @@ def write_tables(folder, jobs, left_out):
     samples, sources, rejected = [], [], dict(sorted(left_out))
     for job in jobs:
         path, beside = folder / f"{job.id}.npy", folder / f"{job.id}.txt"
-        if path.exists():
+        if job.modality and path.exists():
             shape = "x".join(map(str, load_sample(folder, {"id": job.id}, mmap_mode="r").shape))  # C, H, W, S
             samples.append((job.id, job.modality, "|".join(job.labels), job.patient, job.split, shape))
             sources.append((job.id, job.files[0], beside.read_text().partition("; ")[2]))
@@ -958,9 +958,9 @@ def main():
     jobs.sort(key=lambda job: job.id)  # an order that tells nothing, and shards of any kind of file
     for job in jobs[part]:
         beside = target / f"{job.id}.txt"
-        if beside.exists() and beside.read_text().partition("; ")[0] != job.modality:  # windowed as another
-            (target / f"{job.id}.npy").unlink(missing_ok=True)
-    todo = [job for job in jobs[part] if not (target / f"{job.id}.npy").exists()]
+        if job.modality and beside.exists() and beside.read_text().partition("; ")[0] != job.modality:
+            (target / f"{job.id}.npy").unlink(missing_ok=True)  # windowed as another
+    todo = [job for job in jobs[part] if not job.modality or not (target / f"{job.id}.npy").exists()]
     answers = guarded(lambda job: cache_sample(job, source, target, recipe), todo, options.workers)
     for job, answer in tqdm(answers, total=len(todo), unit="sample", desc=target.name, disable=not todo):
         left_out += [(path, str(answer)) for path in job.files if answer]  # of a refused series every slice

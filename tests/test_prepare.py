@@ -959,6 +959,17 @@ def test_another_modality_after_a_run_that_wrote_no_tables(tmp_path, monkeypatch
     assert len(kept) == 4 and all(np.array_equal(load(kept[path]), load(fresh[path])) for path in kept)
 
 
+def test_a_forgotten_modality_loses_no_array(tmp_path, monkeypatch):
+    png(tmp_path / "data/a.png")
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
+    array = Path(kept["a.png"]["folder"], f"{kept['a.png']['id']}.npy")
+    made = array.stat().st_mtime_ns
+    _, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", code=1)
+    assert rejected["a.png"] == "modality unknown; give --modality" and array.stat().st_mtime_ns == made
+    again, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
+    assert again == kept and not rejected and array.stat().st_mtime_ns == made
+
+
 def test_another_source_key_or_size_is_refused_once_a_sample_is_kept(tmp_path, monkeypatch):
     data, other = tmp_path / "data", tmp_path / "other"
     for folder in (data, other):
