@@ -14,6 +14,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import ViT, load_encoder, normalize, pool, read_checkpoint, save_montage, stack, take_frames, unit
+from model import (ViT, load_encoder, normalize, pool, read_checkpoint, save_montage, stack,
+                   take_frames_evenly, unit)
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
-                     read_recipe, read_samples)
+                     read_samples, read_sizes)
 
 QUERIES, GALLERY, BATCH = 2048, 8192, 16  # rows of one product of a search; samples embedded at a time
-ALIKE = ("encoder", "checkpoint_sha256", "code_sha256", "pool", "sizes")  # in all galleries of a search
+MUST_MATCH = ("encoder", "checkpoint_sha256", "code_sha256", "pool", "sizes")  # in all galleries of a search
 
 
 def search(queries, gallery, k):
@@ -63,12 +65,26 @@ def pixels(x):
 def by_slices(network, size=224, chunk=128):
     """A 2D network (n, 3, size, size) -> (n, D) as an encoder of samples: the mean over slices."""
     def embed(x):  # (B, C, H, W, S) -> (B, D)
-        x = unit(take_frames(x)).permute(0, 4, 1, 2, 3)  # (B, S, C, H, W)
+        x = unit(take_frames_evenly(x)).permute(0, 4, 1, 2, 3)  # (B, S, C, H, W)
         mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet
         out = [network(F.interpolate(part, (size, size), mode="bilinear", antialias=True))
                for part in ((x - mean) / std).flatten(0, 1).split(chunk)]  # parts (chunk, 3, H, W)
         return torch.cat(out).float().unflatten(0, x.shape[:2]).mean(dim=1)  # (B, D)
     return embed
+
+
+class Embedder(NamedTuple):
+    """What load_embedder gives: how samples are embedded, and what is known of it."""
+    embed: Callable  # cached samples (B, C, H, W, S) -> (B, D)
+    meta: dict  # for the npz
+    seen_ids: object  # (n,) int64, ids of the samples it was trained on; None if unknown
+
+
+class Embeddings(NamedTuple):
+    """What read_embeddings finds in an npz."""
+    rows: list  # of its cache's samples.csv, in the npz's order
+    vectors: np.ndarray  # (n, D) float32
+    meta: dict
 
 
 def load_embedder(name, checkpoint=None, device="cpu"):
@@ -81,7 +97,7 @@ def load_embedder(name, checkpoint=None, device="cpu"):
     if bool(checkpoint) != (name in ("m3ret", "random")):
         raise UserError(f"--encoder {name}: m3ret and random need a --checkpoint of train.py, others none")
     if name == "pixels":
-        return pixels, meta, []
+        return Embedder(pixels, meta, [])
     if not checkpoint:
         module, _, function = name.partition(":")
         sys.path.insert(0, os.getcwd())
@@ -89,7 +105,7 @@ def load_embedder(name, checkpoint=None, device="cpu"):
             module = importlib.import_module(module)
             meta["code_sha256"] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
             with torch.device(device):  # so that a network it makes lies where its samples will
-                return getattr(module, function)(), meta, None
+                return Embedder(getattr(module, function)(), meta, None)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"--encoder {name}: {error}; choose module:function, pixels, m3ret") from None
     state = read_checkpoint(checkpoint)
@@ -99,11 +115,11 @@ def load_embedder(name, checkpoint=None, device="cpu"):
         network, trained = ViT(**network.config).to(device).eval(), []
     how = "avg" if network.cls_token is None else "mix"
     meta |= {"checkpoint": str(checkpoint), "flags": state.get("flags"), "step": state.get("step"),
-             "checkpoint_sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+             "checkpoint_sha256": state["sha256"],
              "parameters": sum(p.numel() for p in network.parameters()), "pool": how}
     def embed(x):  # no augmentation; of longer videos 16 evenly spaced frames
-        return pool(network(normalize(unit(take_frames(x)))), how, how == "mix")
-    return embed, meta, trained
+        return pool(network(normalize(unit(take_frames_evenly(x)))), how, how == "mix")
+    return Embedder(embed, meta, trained)
 
 
 def apply_encoder(embed, x, names, device):
@@ -118,8 +134,9 @@ def apply_encoder(embed, x, names, device):
     return vectors.float().cpu()
 
 
-def embed_rows(rows, embed, meta, trained, out, device="cpu", workers=2):
+def embed_rows(rows, embedder, out, device="cpu", workers=2):
     """Embed rows (of one cache folder) into `out`, by what load_embedder gave; torchrun's processes share."""
+    embed, meta, trained = embedder
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder, batches, done = rows[0]["folder"], [], []
     for shape in sorted({row["shape"] for row in rows}):
@@ -142,7 +159,7 @@ def embed_rows(rows, embed, meta, trained, out, device="cpu", workers=2):
     order = np.argsort(np.concatenate(batches))  # batches hold each row number once
     numbers = np.array([int(row["id"], 16) for row in rows], np.uint64).view(np.int64)  # as in the checkpoint
     seen = None if trained is None else [rows[i]["id"] for i in np.flatnonzero(np.isin(numbers, trained))]
-    meta = json.dumps(meta | {"cache": folder, "sizes": read_recipe(folder)[0], "seen": seen})
+    meta = json.dumps(meta | {"cache": folder, "sizes": read_sizes(folder), "seen": seen})
     with atomic_write(out) as file:
         np.savez(file, embeddings=torch.cat(done)[order], ids=[row["id"] for row in rows], meta=meta)
     print(f"{len(rows)} embeddings in {out}")
@@ -162,7 +179,7 @@ def read_embeddings(path, cache=None):
     rows = {row["id"]: row for row in read_samples(cache or meta.get("cache", ""))}
     if not rows.keys() >= set(ids.tolist()):
         raise UserError(f"{path} holds ids that are not in {cache or meta['cache']}: give the cache it is of")
-    return [rows[i] for i in ids.tolist()], x.astype(np.float32), meta
+    return Embeddings([rows[i] for i in ids.tolist()], x.astype(np.float32), meta)
 
 
 def picture(sample, caption, colour=(90, 90, 90), size=192):
@@ -179,14 +196,14 @@ def search_file(path, galleries, top=3, figure=None, checkpoint=None, modality=N
     rows, vectors, metas = zip(*map(read_embeddings, galleries))
     rows, paths = sum(rows, []), {}
     for gallery, meta in zip(galleries, metas):
-        differ = [key for key in ALIKE if key not in meta or meta[key] != metas[0].get(key)]
+        differ = [key for key in MUST_MATCH if key not in meta or meta[key] != metas[0].get(key)]
         if differ:
             raise UserError(f"{gallery} says no {differ[0]}, or another than {galleries[0]}: embed again")
         if os.access(f"{meta['cache']}/sources.csv", os.R_OK):  # only its owner may read it
             lines = csv.DictReader(Path(meta["cache"], "sources.csv").read_text("utf-8").split("\n"))
             paths |= {line["id"]: line["path"] for line in lines}
     embed, own, _ = load_embedder(meta["encoder"], checkpoint or meta["checkpoint"], device)
-    if any(own[key] != meta[key] for key in ALIKE[:-1]):
+    if any(own[key] != meta[key] for key in MUST_MATCH[:-1]):
         raise UserError(f"{checkpoint or own['encoder']} is not what made {gallery}: give its --checkpoint")
     known = [*{row["modality"] for row in rows}]
     modality, sample = read_any(path, modality, known[0] if len(known) == 1 else None, **meta["sizes"])
@@ -223,7 +240,7 @@ def main():
         search_file(args.search, args.gallery, args.top, args.figure, args.checkpoint, args.modality, device)
     else:
         embedder = load_embedder(args.encoder, args.checkpoint, device)
-        embed_rows(read_samples(args.cache), *embedder, args.out, device, args.workers)
+        embed_rows(read_samples(args.cache), embedder, args.out, device, args.workers)
 
 
 if __name__ == "__main__":

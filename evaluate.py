@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from embed import ALIKE, embed_rows, load_embedder, picture, read_embeddings
-from model import expecting, save_montage
+from embed import MUST_MATCH, embed_rows, load_embedder, picture, read_embeddings
+from model import as_user_error, save_montage
 from prepare import PUBLIC_KEY, UserError, atomic_write, cli, load_sample, pseudonym, read_samples
 
 LIST, CUTS, BLOCK = 10, (1, 5, 10), 1024  # what MnR and MdR look at; K of R@K; queries scored at a time
@@ -184,7 +184,8 @@ def models_of(args):
 def embeddings_of(rows, encoder, checkpoint):
     """{(folder, id): embedding (D,)} of rows, and meta; kept in a file unless samples.csv is newer."""
     device, vectors = "cuda" if torch.cuda.is_available() else "cpu", {}
-    embed, meta, trained = load_embedder(encoder, checkpoint, device)
+    embedder = load_embedder(encoder, checkpoint, device)
+    meta = embedder.meta
     for folder in sorted({row["folder"] for row in rows}):
         made = [encoder, meta["checkpoint_sha256"], meta["code_sha256"], os.path.realpath(folder)]
         path = Path(f"results/embeddings/{Path(folder).name}-{pseudonym(PUBLIC_KEY, json.dumps(made))}.npz")
@@ -192,7 +193,7 @@ def embeddings_of(rows, encoder, checkpoint):
         kept = {row["id"] for row in read_embeddings(path, folder)[0]} if fresh else set()
         members = {row["id"]: row for row in rows if row["folder"] == folder}
         if not members.keys() <= kept:  # else the file of an earlier run serves
-            embed_rows(list(members.values()), embed, meta, trained, path, device)
+            embed_rows(list(members.values()), embedder, path, device)
         found, part, own = read_embeddings(path, folder)
         vectors |= {(folder, row["id"]): vector for row, vector in zip(found, part)}
         meta["seen"] = None if own["seen"] is None else [*meta.get("seen", []), *own["seen"]]
@@ -247,7 +248,7 @@ def run_task(args):
         rows, x, meta = read_embeddings(args.embeddings, args.cache[0])
         gallery = args.gallery or args.embeddings
         others, y, other = read_embeddings(gallery, args.gallery_cache or args.cache[0])
-        if x.shape[1] != y.shape[1] or any(meta.get(key) != other.get(key) for key in ALIKE[:-1]):
+        if x.shape[1] != y.shape[1] or any(meta.get(key) != other.get(key) for key in MUST_MATCH[:-1]):
             raise UserError(f"{gallery} is of another encoder than {args.embeddings}: embed both with one")
         if not any(row["labels"] for row in rows):
             raise UserError(f"{args.cache[0]}: no sample has a label to evaluate by; prepare with --labels")
@@ -384,7 +385,7 @@ def scaling(paths, against):
     """Print each task's fit log R@5 = slope * log x + start over results files, and its points (Fig. 4)."""
     points = {}  # {name: {parameters or share of the data: R@5}}
     for path in paths:
-        with expecting(path, f"holds no results of retrieval with their {against}"):
+        with as_user_error(path, f"holds no results of retrieval with their {against}"):
             content = json.loads(Path(path).read_text())
             for r in content.get("rows", [content]):
                 x = r["parameters"] if against == "parameters" else json.loads(r["flags"])[against]

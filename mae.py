@@ -12,9 +12,9 @@ import math
 import torch
 from torch import nn
 
-from model import (Block, ViT, denormalize, evenly, expand, expecting, init_weights, normalize, patchify,
-                   read_checkpoint, read_picture_flags, run_blocks, save_montage, sincos_positions,
-                   unpatchify)
+from model import (Block, ViT, as_user_error, denormalize, expand, init_weights, normalize,
+                   patchify, read_checkpoint, read_picture_flags, run_blocks, save_montage,
+                   sincos_positions, subsample_frames, unpatchify)
 from prepare import UserError, cli
 
 
@@ -49,12 +49,12 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     @classmethod
-    def beside(cls, encoder):
+    def for_encoder(cls, encoder):
         """The official decoder, of ViT-B. CHOICE: beside a smaller encoder it is not wider than that."""
         width = min(512, encoder.dim)
         return cls(encoder, decoder_dim=width, decoder_heads=width // 32)
 
-    def inputs(self, x, generator):
+    def make_inputs(self, x, generator):
         """Samples in [0, 1] and a CPU generator -> the arguments of `forward`. No augmentation (Sec. 3.4)."""
         n = math.prod(self.encoder.grid(x.shape[2:]))
         noise = torch.rand(len(x), n, generator=generator).to(x.device)  # (B, N)
@@ -125,7 +125,7 @@ def load_mae(path):
     state = read_checkpoint(path)
     if state.get("ssl") != "mae":
         raise UserError(f"{path} holds no MAE decoder: give a checkpoint of train.py --ssl mae")
-    with expecting(path):
+    with as_user_error(path):
         model = MAE(ViT(**state["config"]), **state["method"])
         model.load_state_dict(state["model"])
     return model.eval()
@@ -136,9 +136,9 @@ def main():
     parser.add_argument("checkpoint", help="runs/NAME/checkpoint.pt of train.py --ssl mae")
     args, x = read_picture_flags(parser, "recon.png")  # (1, C, H, W, S)
     model = load_mae(args.checkpoint)
-    x, noise = model.inputs(x, torch.Generator().manual_seed(args.seed))
+    x, noise = model.make_inputs(x, torch.Generator().manual_seed(args.seed))
     shown = min(x.shape[-1], 8)  # slices or frames
-    rows = [list(evenly(picture[0], shown).unbind(-1)) for picture in model.reconstruct(x, noise)]
+    rows = [list(subsample_frames(picture[0], shown).unbind(-1)) for picture in model.reconstruct(x, noise)]
     save_montage(args.out, rows if shown > 1 else [sum(rows, [])])
     with torch.no_grad():
         mse = model(x, noise)[0].item()

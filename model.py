@@ -8,6 +8,7 @@ ph pw ps the same of a patch, P = ph*pw*ps*3 values; h w s patch grid, N = h*w*s
 d projected width; V views; K neighbours; m samples in a coding rate.
 """
 import contextlib
+import hashlib
 import math
 from collections import OrderedDict
 from pickle import UnpicklingError
@@ -49,23 +50,34 @@ def denormalize(x):
     return (x * 0.5 + 0.5).clamp(0, 1)
 
 
-def is_video(x):
-    """True if S is time: the cache keeps videos in colour (C = 3) and volumes in grey (C = 1)."""
-    return x.shape[1] == 3 and x.shape[-1] > 1
+def sample_kind(shape):
+    """Shape (C, H, W, S) of a sample -> "image", "video" or "volume".
+
+    The cache keeps videos in colour (C = 3) and volumes in grey (C = 1): this is the one place that relies on it.
+    """
+    channels, _, _, depth = shape
+    if depth == 1:
+        return "image"
+    return "video" if channels == 3 else "volume"
 
 
-def evenly(x, n):
+def subsample_frames(x, n):
     """n of the S slices or frames of x (..., S), evenly spaced -> (..., n)."""
     return x[..., torch.linspace(0, x.shape[-1] - 1, n).round().long()]
 
 
-def take_frames(x, n=FRAMES, generator=None):
-    """Videos (B, 3, H, W, S > n) -> (B, 3, H, W, n); every other sample as it is."""
-    if not is_video(x) or x.shape[-1] <= n:
+def take_frames_evenly(x, n=FRAMES):
+    """Videos (B, 3, H, W, S > n) -> n evenly spaced frames (B, 3, H, W, n); every other sample as it is."""
+    if sample_kind(x.shape[1:]) != "video" or x.shape[-1] <= n:
         return x
-    if generator is None:  # for embedding
-        return evenly(x, n)  # (B, 3, H, W, n)
-    frames = torch.randint(x.shape[-1], (len(x), n), generator=generator)  # (B, n), Algorithm 2
+    return subsample_frames(x, n)  # (B, 3, H, W, n)
+
+
+def take_frames_at_random(x, generator, n=FRAMES):
+    """Videos (B, 3, H, W, S > n) -> n random frames in order (B, 3, H, W, n); every other sample as it is."""
+    if sample_kind(x.shape[1:]) != "video" or x.shape[-1] <= n:
+        return x
+    frames = torch.randint(x.shape[-1], (len(x), n), generator=generator)  # (B, n), with replacement (Algorithm 2)
     frames = frames.sort(dim=1).values.to(x.device)[:, None, None, None]  # (B, 1, 1, 1, n). CHOICE: sorted
     return x.gather(-1, frames.expand(*x.shape[:-1], n))  # (B, 3, H, W, n)
 
@@ -208,7 +220,7 @@ def pool(tokens, how, cls_token=True):
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def expecting(path, problem="is damaged or not of this program: give a checkpoint.pt of train.py"):
+def as_user_error(path, problem="is damaged or not of this program: give a checkpoint.pt of train.py"):
     """Inside, what a damaged or foreign file or a full disk can raise becomes one UserError that names it."""
     try:
         yield
@@ -219,20 +231,22 @@ def expecting(path, problem="is damaged or not of this program: give a checkpoin
 
 def save_checkpoint(path, encoder, **state):
     """Write {config, encoder, **state} atomically: tensors and plain types only, for weights_only loading."""
-    with expecting(path, "cannot be written; is the disk full?"), atomic_write(path) as file:
+    with as_user_error(path, "cannot be written; is the disk full?"), atomic_write(path) as file:
         torch.save({"config": encoder.config, "encoder": encoder.state_dict(), **state}, file)
 
 
 def read_checkpoint(path):
-    """File -> dict of tensors and plain values on the CPU. UserError if it is no such file."""
-    with expecting(path):
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    """File -> dict of tensors and plain values on the CPU, and "sha256" of its bytes. UserError if it is no such file."""
+    with as_user_error(path), open(path, "rb") as file:  # one open file: a training may replace it meanwhile
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        return dict(torch.load(file, map_location="cpu", weights_only=True)) | {"sha256": sha256}
 
 
 def load_encoder(path, device="cpu", state=None):
     """Checkpoint file -> the ViT that embeds, in eval mode; the file says its architecture."""
     state = state or read_checkpoint(path)
-    with expecting(path):
+    with as_user_error(path):
         encoder = ViT(**state["config"])
         encoder.load_state_dict(state["encoder"])
     return encoder.to(device).eval()
@@ -245,7 +259,7 @@ def init_from_2d(encoder, path):
     CHOICE: positions, but for the CLS token's, and heads are left out; a missing CLS token starts at random.
     """
     state = read_checkpoint(path)
-    with expecting(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
+    with as_user_error(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
         for key in ("encoder", "teacher", "model", "state_dict"):  # where the families nest their weights
             state = state[key] if isinstance(state.get(key), dict) else state
         state = {key.removeprefix("module.").removeprefix("backbone.").replace("fc_norm.", "norm."): value
@@ -274,7 +288,7 @@ def read_picture_flags(parser, out):
     flag("--seed", type=int, default=0, help="of what is random: the mask, or crops and intensities")
     args = parser.parse_args()
     _, array = read_any(args.file, args.modality, size=args.size)
-    return args, take_frames(unit(torch.from_numpy(array)[None]))
+    return args, take_frames_evenly(unit(torch.from_numpy(array)[None]))
 
 
 def save_montage(path, rows, gap=4):

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model import (PATCH_SIZE, denormalize, evenly, expand, init_weights, is_video, normalize,
-                   read_picture_flags, save_montage)
+from model import (PATCH_SIZE, denormalize, expand, init_weights, normalize, read_picture_flags,
+                   sample_kind, save_montage, subsample_frames)
 from prepare import cli
 
 GLOBAL_SIZE, LOCAL_SIZE = 0.875, 0.375  # s_g, s_l of Appendix B as DINO's 224 and 96 of 256
@@ -85,7 +85,7 @@ def make_view(x, kind, size, u):
     matrices = []
     for axis, place in enumerate((top, left, first)):
         n_in, n_out = x.shape[2 + axis], size[axis]
-        if axis == 2 and (n_in == 1 or is_video(x)):  # Algorithm 3 crops S, Algorithms 1 and 2 do not
+        if axis == 2 and sample_kind(x.shape[1:]) != "volume":  # Algorithm 3 crops S, Algorithms 1 and 2 do not
             matrices.append(torch.eye(n_in, device=x.device).expand(len(x), -1, -1))  # (B, S, S)
             continue
         length = sides[axis].clamp(max=1) * n_in  # CHOICE: a side that would stick out is cut to the sample
@@ -110,7 +110,7 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
     Sides are s_g or s_l times the sample's, in whole patches; local_views: for images (Fig. 3a). Random draws
     are of a CPU generator, a row a sample: no view depends on batch mates nor, but for rounding, on hardware.
     """
-    image, video = x.shape[-1] == 1, is_video(x)
+    image, video = x.shape[-1] == 1, sample_kind(x.shape[1:]) == "video"
     kinds = ["global1", "global2"] + ["local"] * (local_views if image else LOCAL_VIEWS_3D)
     u = torch.rand(len(x), len(kinds), 12, generator=generator).to(x.device)  # (B, V, 12)
     views = []
@@ -199,7 +199,7 @@ def cosine(start, end, progress):
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class Branch(nn.Module):
+class EncoderWithHead(nn.Module):
     """Encoder and head D -> 2048 -> 2048 -> 256: views (B, 3, H', W', S') -> unit vectors (B, d) in fp32."""
 
     def __init__(self, encoder):
@@ -225,7 +225,7 @@ class SimDINO(nn.Module):
     def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, gamma=None, momentum=MOMENTUM, eps=0.5):
         super().__init__()
         self.config = dict(local_views=local_views, gamma=gamma, momentum=momentum, eps=eps)
-        self.student = Branch(encoder)
+        self.student = EncoderWithHead(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.encoder.drop_path = 0.0
 
@@ -233,7 +233,7 @@ class SimDINO(nn.Module):
     def encoder(self):
         return self.teacher.encoder
 
-    def inputs(self, x, generator):
+    def make_inputs(self, x, generator):
         """Samples (B, C, H, W, S) in [0, 1] and a CPU generator -> the arguments of `forward`."""
         return (make_views(x, self.encoder.patch_size, self.config["local_views"], generator),)
 
@@ -261,7 +261,7 @@ def main():
     args, x = read_picture_flags(parser, "views.png")  # (1, C, H, W, S)
     views = make_views(x, generator=torch.Generator().manual_seed(args.seed))
     shown = min(x.shape[-1], 8)  # slices or frames
-    rows = [list(denormalize(evenly(view[0], shown)).unbind(-1)) for view in [expand(normalize(x)), *views]]
+    rows = [list(denormalize(subsample_frames(view[0], shown)).unbind(-1)) for view in [expand(normalize(x)), *views]]
     save_montage(args.out, rows if shown > 1 else [sum(rows[:3], []), sum(rows[3:], [])])
     print(f"{args.out}: the sample, then {len(views)} views: global 1, global 2, {len(views) - 2} local")
 

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mae import MAE
-from model import (ARCHS, PATCH_SIZE, Block, ViT, expecting, init_from_2d, read_checkpoint, save_checkpoint,
-                   stack, take_frames, unit)
+from model import (ARCHS, PATCH_SIZE, Block, ViT, as_user_error, init_from_2d, read_checkpoint,
+                   sample_kind, save_checkpoint, stack, take_frames_at_random, unit)
 from prepare import MODALITIES, CachedDataset, UserError, cli, read_samples
 from simdino import DROP_PATH, LOCAL_VIEWS_2D, MOMENTUM, SimDINO, cosine
 
@@ -66,7 +66,7 @@ class Schedule:
         for number, row in enumerate(rows):
             alike[row["modality"], row["shape"]].append(number)  # one batch, one modality and one shape
         for (modality, shape), members in alike.items():
-            volume = shape[0] == 1 and shape[3] > 1  # the cache keeps these grey and videos in colour
+            volume = sample_kind(shape) == "volume"
             size = world * (args.batch_size_3d if volume else args.batch_size)  # CHOICE: both per GPU
             if len(members) >= size:
                 groups.append((modality, members, size))
@@ -120,7 +120,7 @@ def make_optimizer(method):
 def resume(path, about, method, optimizer, rank):
     """Load a checkpoint -> steps done: after a change of processes or data the same share of the new run."""
     state = read_checkpoint(path)
-    with expecting(path, "is damaged or does not fit: choose another --out"):
+    with as_user_error(path, "is damaged or does not fit: choose another --out"):
         old, new = json.loads(state["flags"]), json.loads(about["flags"])
         differ = [f"--{key.replace('_', '-')} {old.get(key)}" for key in new if old.get(key) != new[key]]
         if differ:
@@ -171,8 +171,8 @@ def fit(args, about, method, optimizer, schedule, start, device):
 
             torch.manual_seed(seed_of(args.seed, 1, step, schedule.rank))  # stochastic depth
             generator = torch.Generator().manual_seed(seed_of(args.seed, 2, step, schedule.rank))
-            x = take_frames(unit(batch.to(device, non_blocking=True)), generator=generator)  # in [0, 1]
-            inputs = method.inputs(x, generator)  # a mask, or views
+            x = take_frames_at_random(unit(batch.to(device, non_blocking=True)), generator)  # in [0, 1]
+            inputs = method.make_inputs(x, generator)  # a mask, or views
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, parts = model(*inputs)  # a scalar, and what it is made of for the log
             optimizer.zero_grad(set_to_none=True)
@@ -287,7 +287,7 @@ def main():
     encoder = ViT(args.arch, patch_size, cls_token=simdino, drop_path=DROP_PATH if simdino else 0.0)
     if args.init:
         init_from_2d(encoder, args.init)
-    method = SimDINO(encoder, args.local_views, args.gamma, args.momentum) if simdino else MAE.beside(encoder)
+    method = SimDINO(encoder, args.local_views, args.gamma, args.momentum) if simdino else MAE.for_encoder(encoder)
     if device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64  # shapes, with the views of all modalities
         for block in (module for module in method.modules() if isinstance(module, Block)):

@@ -117,7 +117,7 @@ def update(network, optimizer, loss):
 
 def step(method, optimizer, x, forward=None):
     """One update on x (B, C, H, W, S) as in train.fit: inputs, forward, backward, AdamW, teacher."""
-    inputs = method.inputs(x, torch.Generator().manual_seed(0))
+    inputs = method.make_inputs(x, torch.Generator().manual_seed(0))
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
         loss = (forward or method)(*inputs)[0]
     update(method, optimizer, loss)
@@ -130,7 +130,7 @@ def flops(method, x):
     Counted on the meta device, where attention is two products: the CPU's fused one is not counted. The
     method stays there, without weights.
     """
-    inputs = method.inputs(x, torch.Generator().manual_seed(0))
+    inputs = method.make_inputs(x, torch.Generator().manual_seed(0))
     method.to("meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(method, simdino.SimDINO):
@@ -266,7 +266,7 @@ def largest_batch(ssl, shape):
 def memory_of_one(ssl, shape):
     def once(B):
         method, _ = build(ssl, "vit_t")
-        inputs = method.inputs(torch.rand(B, *shape), torch.Generator().manual_seed(0))
+        inputs = method.make_inputs(torch.rand(B, *shape), torch.Generator().manual_seed(0))
         return seconds(lambda: method(*inputs)[0].backward())
     (taken, one), (_, two) = (in_child(lambda: once(B)) for B in (1, 2))
     return f"vit_t: {two - one:.0f} MiB a sample | {taken:.2f} s"
@@ -305,7 +305,7 @@ def read_ours(path, kind):
     if kind == "series":
         for file in files:  # the pass over the headers that finds the series of a folder
             prepare.dicom_header(file)
-    job = prepare.Job(files, kind, "xray" if kind == "image" else "ct", id="0" * 16)
+    job = prepare.Sample(files, kind, "xray" if kind == "image" else "ct", id="0" * 16)
     return prepare.decode(job, "", 256, 64, 16)[0]
 
 

@@ -220,7 +220,7 @@ PIXELS = load_embedder("pixels")
 def test_every_id_once_in_the_order_of_the_table(cache, tmp_path):
     rows = read_samples(cache)[::-1]
     rows = rows[1::2] + rows[::2]  # shapes in turn
-    embed_rows(rows, *PIXELS, tmp_path / "new" / "e.npz", workers=0)
+    embed_rows(rows, PIXELS, tmp_path / "new" / "e.npz", workers=0)
     found, embeddings, meta = read_embeddings(tmp_path / "new" / "e.npz")
     assert found == read_embeddings(tmp_path / "new" / "e.npz",
                                     cache)[0] == rows and meta["cache"] == str(cache)
@@ -241,7 +241,7 @@ def test_samples_that_were_trained_on_are_listed(cache, checkpoint, tmp_path):
     for file, name, seen in ((tmp_path / "some.pt", "m3ret", [rows[0]["id"], rows[1]["id"]]),
                              (checkpoint, "m3ret", None),
                              (tmp_path / "some.pt", "random", [])):
-        embed_rows(rows, *load_embedder(name, file), tmp_path / "e.npz", workers=0)
+        embed_rows(rows, load_embedder(name, file), tmp_path / "e.npz", workers=0)
         with np.load(tmp_path / "e.npz") as made:
             assert json.loads(str(made["meta"]))["seen"] == seen
 
@@ -263,7 +263,7 @@ def test_a_sample_that_is_not_finite_is_named(cache, tmp_path):
         np.save(cache / f"{row['id']}.npy",
                 np.full((1, 32, 32, 1), np.nan if row is rows[2] else 0.5, np.float16))
     with pytest.raises(UserError, match=f"{rows[2]['id']}.npy .* not finite"):
-        embed_rows(rows, *PIXELS, tmp_path / "e.npz", workers=0)
+        embed_rows(rows, PIXELS, tmp_path / "e.npz", workers=0)
 
 
 @pytest.mark.parametrize("made", ["None", "5", "lambda x: None", "lambda x: x.flatten(1).float().numpy()",
@@ -280,7 +280,7 @@ def test_8_bit_and_deeper_samples_of_one_shape_keep_their_scale(tmp_path, cache)
     half = np.repeat([0, 1], 16)[None, None, :, None] * np.ones((1, 32, 1, 1))  # left black, right white
     np.save(cache / f"{rows[0]['id']}.npy", np.uint8(51 * half))
     np.save(cache / f"{rows[1]['id']}.npy", np.float16(0.2 * half))
-    embed_rows(rows, *PIXELS, tmp_path / "e.npz", workers=0)
+    embed_rows(rows, PIXELS, tmp_path / "e.npz", workers=0)
     expected = np.tile(np.repeat([-0.1, 0.1], 16), (2, 32))  # (2, 1024): both are .2 wide, less their mean
     np.testing.assert_allclose(read_embeddings(tmp_path / "e.npz")[1], expected, atol=1e-3)
 
@@ -293,7 +293,7 @@ def test_several_processes_write_what_one_writes(cache, checkpoint, tmp_path, pr
                cache, "--checkpoint", checkpoint, "--workers", "0", "--out", tmp_path / "many.npz",
                cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("24 embeddings") == 1, done.stderr
-    embed_rows(read_samples(cache), *load_embedder("m3ret", checkpoint), tmp_path / "one.npz", workers=0)
+    embed_rows(read_samples(cache), load_embedder("m3ret", checkpoint), tmp_path / "one.npz", workers=0)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "many.npz").read_bytes()
     assert not list(tmp_path.glob("*.part*"))
 

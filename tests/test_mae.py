@@ -83,10 +83,10 @@ def test_decoder_puts_tokens_back_where_they_were():
 def test_same_noise_same_loss_and_every_parameter_learns():
     model = tiny().train()
     x = torch.rand(2, 1, 64, 64, 1)
-    args = model.inputs(x, torch.Generator().manual_seed(3))
+    args = model.make_inputs(x, torch.Generator().manual_seed(3))
     loss, parts = model(*args)
-    assert loss == model(*model.inputs(x, torch.Generator().manual_seed(3)))[0]
-    assert loss != model(*model.inputs(x, torch.Generator().manual_seed(4)))[0]
+    assert loss == model(*model.make_inputs(x, torch.Generator().manual_seed(3)))[0]
+    assert loss != model(*model.make_inputs(x, torch.Generator().manual_seed(4)))[0]
     assert parts["mse"] == loss and not parts["mse"].requires_grad
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -96,7 +96,7 @@ def test_a_sample_of_one_patch_is_refused():
     """Nothing would be hidden, and the mean over no patches is NaN."""
     with pytest.raises(UserError, match="one patch"):
         model = tiny()
-        model(*model.inputs(torch.rand(2, 1, 16, 16, 1), None))
+        model(*model.make_inputs(torch.rand(2, 1, 16, 16, 1), None))
 
 
 def test_reconstruction_pastes_what_is_visible():

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 import model
 from mae import MAE
 from model import (ViT, expand, init_from_2d, load_encoder, patchify, pool, save_checkpoint, sincos_positions, stack,
-                   take_frames, unit, unpatchify)
+                   take_frames_at_random, take_frames_evenly, unit, unpatchify)
 from prepare import UserError
 from simdino import SimDINO
 
@@ -173,12 +173,12 @@ def test_pool_by_hand():
 
 def test_take_frames():
     video = torch.arange(40.0).expand(2, 3, 4, 4, 40)
-    even = take_frames(video)
+    even = take_frames_evenly(video)
     assert even.shape == (2, 3, 4, 4, 16) and even[0, 0, 0, 0, 0] == 0 and even[0, 0, 0, 0, -1] == 39
-    drawn = take_frames(video, generator=torch.Generator().manual_seed(0))
+    drawn = take_frames_at_random(video, torch.Generator().manual_seed(0))
     assert (drawn.diff(dim=-1) >= 0).all() and not torch.equal(drawn[0], drawn[1])  # in time order, each video its own
     volume = torch.rand(2, 1, 4, 4, 40)
-    assert take_frames(volume) is volume
+    assert take_frames_evenly(volume) is volume
 
 
 def test_stack_mixes_types_without_changing_values():

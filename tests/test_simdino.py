@@ -283,7 +283,7 @@ def test_teacher_follows_the_student_and_only_then():
     method = SimDINO(ViT("vit_t", cls_token=True, drop_path=0.1))
     assert method.encoder.drop_path == 0 and method.student.encoder.drop_path == 0.1
     before = [p.clone() for p in method.teacher.parameters()]
-    loss, _ = method(*method.inputs(torch.rand(2, 1, 32, 32, 1), torch.Generator().manual_seed(0)))
+    loss, _ = method(*method.make_inputs(torch.rand(2, 1, 32, 32, 1), torch.Generator().manual_seed(0)))
     loss.backward()
     assert all(p.grad is None for p in method.teacher.parameters())
     assert all(p.grad.abs().sum() > 0 for p in method.student.parameters())
@@ -318,7 +318,7 @@ def test_teacher_momentum_goes_to_one_by_half_a_cosine(momentum):
 def test_forward_is_the_loss_of_its_branches():
     torch.manual_seed(0)
     method = SimDINO(ViT("vit_t", cls_token=True)).eval()
-    views = method.inputs(torch.rand(3, 1, 32, 32, 1), torch.Generator().manual_seed(0))[0]
+    views = method.make_inputs(torch.rand(3, 1, 32, 32, 1), torch.Generator().manual_seed(0))[0]
     with torch.no_grad():
         loss, _ = method(views)
         student = torch.stack([method.student(view) for view in views])

@@ -1,9 +1,6 @@
-"""prepare.py: real files and broken ones, every public layout, orientation, resume, and no patient's name."""
-import contextlib
+"""prepare.py: bad inputs, workers, privacy, resume, shards, labels, public layouts and what a cache remembers."""
 import csv
 import faulthandler
-import gzip
-import json
 import os
 import random
 import re
@@ -18,295 +15,20 @@ import time
 import zlib
 from pathlib import Path
 
-import imageio.v3 as iio
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from conftest import (ROOT, SPOT, WHEEL, command, cut, dicom, load, nifti, phantom, png,
+                      prepare_main, series, video)
 from PIL import Image
-from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, generate_uid
 
 import prepare
-from prepare import UserError, load_sample, read_any, read_samples
+from prepare import UserError, read_any, read_samples
 from tests import phantoms
-
-ROOT = Path(__file__).parents[1]
-SPOT = np.eye(9, dtype=np.uint8)  # a picture that is not blank
-WHEEL = Path(pydicom.__file__).parent / "data/test_files"
-SOP = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4", "CR": "1.2.840.10008.5.1.4.1.1.1",
-       "DX": "1.2.840.10008.5.1.4.1.1.1.1", "US": "1.2.840.10008.5.1.4.1.1.6.1", "USM": "1.2.840.10008.5.1.4.1.1.3.1"}
-
-
-# ---- makers of small files ------------------------------------------------------------------------------------------
-def dicom(path, pixels, modality="CR", syntax=ExplicitVRLittleEndian, **tags):
-    """A DICOM file of a patient whose name must never be seen anywhere."""
-    secret = {"PatientName": "SECRETNAME^ANNA", "PatientID": "SECRETID77", "PatientBirthDate": "19610503",
-              "Modality": modality, "BodyPartExamined": "CHEST", "BurnedInAnnotation": "NO"}
-    return phantoms.dicom(path, pixels, SOP.get(modality, SOP["CR"]), syntax, **secret | tags)
-
-
-def series(folder, hu, affine, slope=1.0, intercept=-1024.0, modality="CT", skip=(), uid="", **tags):
-    """Voxels (i, j, k) with a RAS+ affine as a DICOM series along k: shuffled names, misleading InstanceNumber."""
-    lps, own = np.diag([-1, -1, 1, 1]) @ affine, generate_uid()
-    names = np.random.default_rng(0).permutation(hu.shape[2])
-    for k in range(hu.shape[2]):
-        if k in skip:
-            continue
-        stored = np.round((hu[:, :, k].T - intercept) / slope).astype(np.int16)  # (rows = j, columns = i)
-        place = lps @ [0, 0, k, 1]
-        spacing = np.linalg.norm(lps[:3, :2], axis=0)
-        dicom(folder / f"IM{names[k]:04d}", stored, modality, RescaleSlope=str(slope), RescaleIntercept=str(intercept),
-              SeriesInstanceUID=uid or own, InstanceNumber=str(int(names[k])), PixelSpacing=[float(x) for x in spacing[::-1]],
-              ImageOrientationPatient=[*map(float, lps[:3, 0] / spacing[0]), *map(float, lps[:3, 1] / spacing[1])],
-              ImagePositionPatient=[float(f"{x:.6f}") for x in place[:3]], **tags)
-    return folder
-
-
-def nifti(path, voxels, affine, packed=True):
-    image = nib.Nifti1Image(voxels, affine)
-    image.set_sform(affine, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(image.to_bytes(), 1) if packed else image.to_bytes())
-    return path
-
-
-def video(path, frames=20, size=(64, 48), codec="mjpeg"):
-    """A clip whose grey level is its frame number times 10."""
-    levels = np.arange(frames, dtype=np.uint8)[:, None, None, None] * 10 % 250
-    iio.imwrite(path, np.broadcast_to(levels, (frames, size[1], size[0], 3)), plugin="pyav", codec=codec, fps=25,
-                out_pixel_format="yuvj420p" if codec == "mjpeg" else "yuv420p")
-    return path
-
-
-def phantom(n=(24, 20, 16)):
-    """HU voxels (x, y, z), RAS+: x to the patient's right, y to the front, z to the head; a bright ball at each end."""
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, k) for k in n), indexing="ij")
-    hu = np.where(x ** 2 + y ** 2 + z ** 2 < 0.9, 0.0, -1000.0)
-    for centre, value in (((0.6, 0, 0), 900), ((0, 0.6, 0), 600), ((0, 0, 0.6), 300)):
-        hu[sum((a - c) ** 2 for a, c in zip((x, y, z), centre)) < 0.03] = value
-    return np.round(hu).astype(np.int16), np.diag([2.0, 2.5, 3.0, 1.0])
-
-
-def command(monkeypatch, *args):
-    """Run prepare.py in this process."""
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
-    prepare.main()
-
-
-def prepare_main(monkeypatch, tmp, *args, name="x", code=0):
-    """Run prepare.py into tmp/cache/name -> ({path: row of samples.csv}, {path: reason})."""
-    with pytest.raises(UserError) if code else contextlib.nullcontext():
-        command(monkeypatch, *args, "--out", tmp / "cache", "--workers", 2, "--name", name)
-    folder = tmp / "cache" / name
-    with open(folder / "rejected.csv", newline="") as file:
-        rejected = {row["path"]: row["reason"] for row in csv.DictReader(file)}
-    with open(folder / "sources.csv", newline="") as file:
-        paths = {row["id"]: row["path"] for row in csv.DictReader(file)}
-    rows = read_samples(folder) if not code else []
-    return {paths[row["id"]]: row for row in rows}, rejected
-
-
-def load(row):
-    return load_sample(row["folder"], row)
-
-
-# ---- pixels ---------------------------------------------------------------------------------------------------------
-def test_longer_side_fills_the_square_and_the_rest_is_centred_zeros(tmp_path):
-    image = np.full((100, 50), 200, np.uint8)
-    image[:20] = 100
-    Image.fromarray(image).save(tmp_path / "a.png")
-    modality, x = read_any(tmp_path / "a.png", size=64)
-    assert modality == "xray" and x.shape == (1, 64, 64, 1) and x.dtype == np.uint8
-    assert (x[0, 16:, 16:48, 0] == 200).all() and not x[0, :, :16].any() and not x[0, :, 48:].any()
-
-
-def test_every_slice_of_a_volume_reaches_the_result():
-    """Plain trilinear 300 -> 64 would read 128 slices; the antialiased one gives each slice the same share."""
-    for k in (0, 1, 77, 150, 299):
-        voxels = np.zeros((4, 4, 300), np.float32)
-        voxels[:, :, k] = 1000.0
-        x = prepare.volume_to_array(voxels - 1000, np.eye(4), 1.0, 0.0, "ct", 4, 64)
-        assert x.sum().item() == pytest.approx(16 * 0.5 * 64 / 300, rel=0.5 if k in (0, 1, 299) else 0.15)
-
-
-@pytest.mark.parametrize("codes", ["LPS", "RAS", "LAS", "RPI", "PIR", "ASL", "SRA", "IPL"])
-def test_one_orientation_for_every_axis_order(tmp_path, codes):
-    """H to the back, W to the patient's left, S to the head: the ball at the right lies at small W, and so on."""
-    hu, affine = phantom()
-    image = nib.Nifti1Image(hu, affine)
-    order = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes))
-    image = image.as_reoriented(order)
-    _, x = read_any(nifti(tmp_path / "a.nii.gz", np.asarray(image.dataobj), image.affine), "ct", size=48, slices=16)
-    x = x[0].astype(np.float32) * 2000 - 1000  # (H, W, S) in HU
-    right, front, top = (np.argwhere(np.abs(x - value) < 30).mean(axis=0) for value in (900, 600, 300))
-    middle = np.array([23.5, 23.5, 7.5])
-    assert right[1] < middle[1] - 8 and abs(right[0] - middle[0]) < 3, "patient's right is the image's left"
-    assert front[0] < middle[0] - 8 and abs(front[2] - middle[2]) < 2, "the front is up"
-    assert top[2] > middle[2] + 3 and abs(top[1] - middle[1]) < 3, "the head is the last slice"
-    _, plain = read_any(nifti(tmp_path / "b.nii.gz", hu, affine), "ct", size=48, slices=16)
-    assert np.array_equal(plain, (x + 1000).astype(np.float16) / 2000) or np.abs(plain[0] * 2000.0 - 1000 - x).max() < 2
-
-
-@pytest.mark.parametrize("codes", ["LPS", "RAI", "LSA", "LIP", "PSL", "AIR"], ids=str)
-def test_a_series_and_its_nifti_twin_give_the_same_array(tmp_path, codes):
-    """Axial, coronal and sagittal, both directions; file names and InstanceNumber lie about the order."""
-    hu, affine = phantom()
-    image = nib.Nifti1Image(hu, affine)
-    order = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes))
-    image = image.as_reoriented(order)
-    voxels = np.asarray(image.dataobj)
-    _, twin = read_any(nifti(tmp_path / "a.nii.gz", voxels, image.affine), "ct", size=32, slices=16)
-    modality, x = read_any(series(tmp_path / "series", voxels, image.affine), size=32, slices=16)
-    assert modality == "ct" and np.array_equal(x, twin)
-
-
-def test_a_single_slice_is_an_image_with_the_head_up(tmp_path):
-    hu, affine = phantom()
-    for name, voxels in {"axial": hu[:, :, 8:9], "coronal": hu[:, 10:11], "flat": hu[:, :, 8]}.items():
-        x = read_any(nifti(tmp_path / f"{name}.nii.gz", voxels, affine), "ct", size=64)[1]
-        assert x.shape == (1, 64, 64, 1)
-        right = np.argwhere(np.abs(x[0, :, :, 0] * 2000.0 - 1900) < 30).mean(axis=0)
-        assert right[1] < 20 and abs(right[0] - 31.5) < 4, name
-        top = np.argwhere(np.abs(x[0, :, :, 0] * 2000.0 - 1300) < 30)
-        assert name != "coronal" or top.mean(axis=0)[0] < 24
-
-
-def test_pixels_keep_their_aspect_in_mm(tmp_path):
-    hu = np.zeros((40, 20, 10), np.int16)
-    hu[:, :, 0] = -500
-    _, x = read_any(nifti(tmp_path / "a.nii", hu, np.diag([1.0, 2.0, 5.0, 1.0]), packed=False), "ct", size=32, slices=8)
-    assert (x[..., 4:] == 0.5).all() and (x[..., 0] > 0.2).all(), "20 rows of 2 mm are as long as 40 columns of 1 mm: no padding"
-
-
-def test_nifti_scale_byte_order_version_and_mr_window(tmp_path):
-    hu, affine = phantom()
-    want = read_any(nifti(tmp_path / "a.nii.gz", hu, affine), "ct", size=32, slices=16)[1]
-    image = nib.Nifti1Image(((hu + 3000) / 2).astype(">i2"), affine)
-    header = image.header.as_byteswapped(">")
-    header["scl_slope"], header["scl_inter"], header["vox_offset"], header["magic"] = 2.0, -3000.0, 352, b"n+1"
-    (tmp_path / "big.nii").write_bytes(header.binaryblock + bytes(4) + np.asarray(image.dataobj).tobytes(order="F"))
-    (tmp_path / "two.nii").write_bytes(nib.Nifti2Image(hu, affine).to_bytes())
-    for name in ("big.nii", "two.nii"):
-        assert np.abs(read_any(tmp_path / name, "ct", size=32, slices=16)[1].astype(float) - want).max() < 1e-3, name
-    ramp = np.linspace(0, 5000, 16 ** 3).reshape(16, 16, 16).astype(np.float32)
-    ramp[3, 3, 3] = np.nan
-    x = read_any(nifti(tmp_path / "mr.nii.gz", ramp, np.eye(4)), "mri", size=16, slices=16)[1]
-    assert 0.003 < (x == 0).mean() < 0.01 and 0.003 < (x == 1).mean() < 0.01, "0.5 % on each side is clipped"
-
-
-def test_hounsfield_units_of_a_known_file(tmp_path):
-    ds = pydicom.dcmread(WHEEL / "CT_small.dcm")
-    hu = ds.pixel_array.astype(float) * ds.RescaleSlope + ds.RescaleIntercept
-    ds.PhotometricInterpretation, ds.WindowWidth = "MONOCHROME1", ["", "400"]  # which change no Hounsfield unit
-    ds.save_as(tmp_path / "inverse.dcm")
-    for path in (WHEEL / "CT_small.dcm", tmp_path / "inverse.dcm"):
-        modality, x = read_any(path, size=128)  # 128 x 128 already
-        assert modality == "ct" and np.abs(x[0, :, :, 0] * 2000.0 - 1000 - hu.clip(-1000, 1000)).max() < 1
-
-
-def test_slices_with_their_own_rescale_and_enhanced_frames_out_of_order(tmp_path):
-    hu, affine = phantom()
-    want = read_any(nifti(tmp_path / "a.nii.gz", hu, affine), "ct", size=32, slices=16)[1]
-    folder = series(tmp_path / "own", hu, affine)
-    for n, path in enumerate(sorted(folder.iterdir())):  # store each slice with another intercept
-        ds = pydicom.dcmread(path)
-        ds.PixelData = (ds.pixel_array + n).astype("<i2").tobytes()
-        ds.RescaleIntercept = -1024 - n
-        ds.save_as(path)
-    assert np.array_equal(read_any(folder, size=32, slices=16)[1], want)
-
-    files = [pydicom.dcmread(path) for path in sorted(series(tmp_path / "plain", hu, affine).iterdir())]  # shuffled
-    frames = np.stack([ds.pixel_array for ds in files])
-    shared, per_frame = Dataset(), []
-    pixel, plane = Dataset(), Dataset()
-    pixel.PixelSpacing, plane.ImageOrientationPatient = files[0].PixelSpacing, files[0].ImageOrientationPatient
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = Sequence([pixel]), Sequence([plane])
-    for ds in files:
-        item, place, scale = Dataset(), Dataset(), Dataset()
-        place.ImagePositionPatient, scale.RescaleSlope, scale.RescaleIntercept = ds.ImagePositionPatient, 1, -1024
-        item.PlanePositionSequence, item.PixelValueTransformationSequence = Sequence([place]), Sequence([scale])
-        per_frame.append(item)
-    path = dicom(tmp_path / "enhanced.dcm", frames, "CT", SeriesInstanceUID=generate_uid(),
-                 SharedFunctionalGroupsSequence=Sequence([shared]),
-                 PerFrameFunctionalGroupsSequence=Sequence(per_frame))
-    assert np.array_equal(read_any(path, size=32, slices=16)[1], want)
-
-
-def test_xray_windows_inversion_padding_and_depth(tmp_path):
-    ramp = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
-    window = {"WindowCenter": "2048", "WindowWidth": "1024", "BitsStored": 12, "HighBit": 11}
-
-    def show(pixels=ramp, **tags):
-        return read_any(dicom(tmp_path / "a.dcm", pixels, **tags), size=64)[1][0, :, :, 0].astype(float)
-
-    want = np.clip((ramp - 2047.5) / 1023 + 0.5, 0, 1)  # PS3.3 C.11.2.1.2.1
-    assert np.abs(show(**window) - want).max() < 1e-3
-    assert np.abs(show(**window, PhotometricInterpretation="MONOCHROME1") - (1 - want)).max() < 1e-3
-    assert np.abs(show(**window, syntax=ExplicitVRBigEndian) - want).max() < 1e-3
-    low, high = np.percentile(ramp, (0.5, 99.5))
-    assert np.abs(show(BitsStored=12, HighBit=11) - np.clip((ramp - low) / (high - low), 0, 1)).max() < 1e-3
-    padded = np.where(np.arange(64) < 8, 65535, ramp).astype(np.uint16)
-    x = show(pixels=padded, PixelPaddingValue=65535, PhotometricInterpretation="MONOCHROME1")
-    assert (x[:, :8] == 0).all(), "padding stays black"
-    assert x[:, 8:].max() == 1 and x[-1, 8:].max() < 0.1, "the rest is inverted"
-    assert read_any(dicom(tmp_path / "b.dcm", (ramp // 16).astype(np.uint8)))[1].dtype == np.uint8
-
-
-def stretched(x):
-    low, high = np.percentile(x, (0.5, 99.5))
-    return np.clip((x - low) / (high - low), 0, 1)
-
-
-def test_sixteen_bit_alpha_palette_cmyk_and_rotated_images(tmp_path):
-    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    x = read_any(tmp_path / "deep.png", size=64)[1]
-    assert x.dtype == np.float16 and np.abs(x[0, :, :, 0] - stretched(ramp)).max() < 1e-3
-    rgb = np.zeros((64, 64, 3), np.uint8)
-    rgb[:32] = (200, 100, 50)
-    grey = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
-    image = Image.fromarray(rgb)
-    rgba = np.dstack([rgb, np.where(np.arange(64) < 32, 255, 0) * np.ones((64, 1))]).astype(np.uint8)
-    Image.fromarray(rgba).save(tmp_path / "alpha.png")
-    image.quantize(4).save(tmp_path / "palette.png")
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
-    image.rotate(90).save(tmp_path / "turned.jpg", quality=100, subsampling=0, exif=exif)
-    for name in ("alpha.png", "palette.png", "cmyk.jpg", "turned.jpg"):
-        x = read_any(tmp_path / name, size=64)[1][0, :, :, 0].astype(int)
-        assert abs(x[8, 8] - grey) <= 3 and x[56, 8] <= 3, name
-        assert abs(x[8, 56] - (0 if name == "alpha.png" else grey)) <= 3, name
-    assert read_any(tmp_path / "palette.png", "endoscopy", size=64)[1].shape == (3, 64, 64, 1)
-
-
-def test_palette_and_ybr_ultrasound_from_the_pydicom_wheel():
-    modality, x = read_any(WHEEL / "examples_palette.dcm")
-    assert modality == "ultrasound" and x.shape == (1, 256, 256, 1) and 20 < x[x > 0].mean() < 200
-    modality, x = read_any(WHEEL / "examples_ybr_color.dcm", frames=8)
-    assert x.shape == (3, 256, 256, 8) and x.dtype == np.uint8
-
-
-def test_frames_of_a_video_are_drawn_at_random_but_reproducibly_and_in_order(tmp_path):
-    x = read_any(video(tmp_path / "a.avi", 25), frames=8, size=32)[1]
-    levels = x[0, 16, 16].astype(int) / 10  # the frame numbers drawn
-    assert x.shape == (3, 32, 32, 8) and (np.diff(levels) > 0.5).all() and levels.max() > 12
-    assert np.array_equal(x, read_any(tmp_path / "a.avi", frames=8, size=32)[1])
-    draws = np.array([prepare.draw(50, 5, seed) for seed in range(2000)])
-    assert np.abs(np.bincount(draws.ravel(), minlength=50) / 200 - 1).max() < 0.35, "each frame as likely as any other"
-    assert prepare.draw(3, 7, 0) == [0, 0, 0, 1, 1, 2, 2]
-    assert read_any(video(tmp_path / "b.mp4", 3, codec="mpeg4"), frames=6, size=32)[1].shape == (3, 32, 32, 6)
 
 
 # ---- bad inputs, each with its reason ------------------------------------------------------------------------------------
-def cut(path, share=0.5):
-    data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * share)])
-    return path
-
-
 def flip(path, byte):
     data = bytearray(path.read_bytes())
     data[byte] ^= 1
@@ -482,100 +204,20 @@ def test_guarded_blames_the_item_at_work_and_ends_with_its_parent():
         return item
 
     faulthandler.disable()
-    answers = dict(prepare.guarded(task, list(range(100)), 1))
+    answers = dict(prepare.run_in_workers(task, list(range(100)), 1))
     assert {item for item, answer in answers.items() if answer != item} == {5} and len(answers) == 100
-    assert isinstance(answers[5], prepare.Refused)
+    assert isinstance(answers[5], prepare.Rejected)
     reader, writer = os.pipe()
     parent = os.fork()
     if not parent:
         os.close(reader)
-        for item, _ in prepare.guarded(lambda item: os.write(writer, b"x") and time.sleep(0.02), list(range(800)), 1):
+        for item, _ in prepare.run_in_workers(lambda item: os.write(writer, b"x") and time.sleep(0.02), list(range(800)), 1):
             if item == 10:
                 os.kill(os.getpid(), signal.SIGKILL)
     os.close(writer)
     os.waitpid(parent, 0)
     with open(reader, "rb") as made:
         assert len(made.read()) < 20, "an orphan ends at its next answer; read() returns when no writer is left"
-
-
-# ---- DICOM series ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("spoil, expected", [
-    ("gap", "gap of 6.0 mm after slice 7 of 15, others 3.0 mm"), ("few", "5 slices .*, a volume needs 8"), ("none", ""),
-    ("duplicate", ""), ("different", "two different slices at one position"), ("cut", "a slice is damaged: IM.* less than expected"),
-    ("unplaced", "no ImageOrientationPatient"), ("nouid", "no SeriesInstanceUID")])
-def test_a_series_is_whole_or_refused(tmp_path, monkeypatch, spoil, expected):
-    hu, affine = phantom()
-    folder = series(tmp_path / "data/s", hu, affine, skip={"gap": [7], "few": range(5, 16)}.get(spoil, ()))
-    files = sorted(folder.iterdir())
-    ds = pydicom.dcmread(files[4])
-    if spoil in ("duplicate", "different"):
-        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-        ds.PixelData = ds.PixelData if spoil == "duplicate" else bytes(len(ds.PixelData))
-        ds.save_as(folder / "again")
-    elif spoil == "cut":
-        cut(files[4], 0.8)
-    elif spoil in ("unplaced", "nouid"):
-        for path in files:
-            ds = pydicom.dcmread(path)
-            del ds["ImageOrientationPatient" if spoil == "unplaced" else "SeriesInstanceUID"]
-            ds.save_as(path)
-    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", code=int(bool(expected)))
-    assert list(kept) == ([] if expected else [f"s/{min(path.name for path in folder.iterdir())}"])
-    assert len(rejected) == (len(list(folder.iterdir())) if expected else 0), "every slice of a refused series is named"
-    assert all(re.search(expected, reason) for reason in rejected.values())
-
-
-def test_scouts_other_sizes_phases_and_copies_are_named_and_two_series_are_two_volumes(tmp_path, monkeypatch):
-    hu, affine = phantom()
-    data = tmp_path / "data"
-    series(data, hu, affine)
-    for path in list(data.iterdir()):
-        path.rename(data / f"a{path.name}")
-    series(data, hu // 2, affine, modality="MR")
-    some = pydicom.dcmread(data / "aIM0003")
-    shutil.copy(data / "aIM0003", data / "copy")
-    some.SOPInstanceUID, some.AcquisitionNumber, some.PixelData = generate_uid(), 2, bytes(len(some.PixelData))
-    some.save_as(data / "phase")
-    some.Rows = some.Rows // 2
-    some.save_as(data / "small")
-    some.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
-    some.save_as(data / "scout")
-    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data)
-    with open(tmp_path / "cache/x/samples.csv") as file:
-        assert sorted(row["modality"] for row in csv.DictReader(file)) == ["ct", "mri"]
-    assert set(rejected) == {"phase", "small", "scout"} and rejected["scout"] == "localizer"
-    assert "phase" in rejected["phase"] and "needs 8" in rejected["small"]
-    assert "aIM0000,duplicate slices dropped" in (tmp_path / "cache/x/sources.csv").read_text()
-
-
-def test_body_parts_of_messy_tags():
-    for text, parts in {"CT ABDOMEN": ["abdomen"], "CT ABD/PEL": ["abdomen", "pelvis"], "CTA CHEST": ["chest"], "CT ANKLE LEFT": ["ankle"],
-                        "CHEST": ["chest"], "PORT CHEST": ["chest"], "Abdomen_Pelvis": ["abdomen", "pelvis"],
-                        "C_A_P": ["chest", "abdomen", "pelvis"], "CHEST/ABD/PELVIS": ["chest", "abdomen", "pelvis"],
-                        "EAR": ["head"],
-                        "T SPINE": ["tspine"], "CERVIX": ["pelvis"], "CERVICAL_SPINE": ["cspine"], "RESEARCH": [],
-                        "CT Thorax with contrast": ["chest"], "LOCATOR": [], "": [], "EXTREMITY": []}.items():
-        assert sorted(prepare.body_parts(text)) == sorted(parts), text
-    assert prepare.body_parts("", "UNKNOWN", "MR KNEE LEFT") == ("knee",)
-
-
-# ---- the whole wheels -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("package, folder", [("pydicom", "data"), ("data_store", "data"), ("nibabel", "tests/data")])
-def test_every_file_of_the_wheels_is_kept_or_named(tmp_path, monkeypatch, package, folder):
-    source = Path(pytest.importorskip(package).__file__).parent / folder
-    monkeypatch.setattr(prepare, "SECONDS", 20)
-    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", source, "--allow-2d", "--modality", "mri",
-                                  "--size", "32", "--slices", "8", "--frames", "4")
-    for root, _, names in os.walk(source):
-        for name in names:
-            path = os.path.relpath(os.path.join(root, name), source)
-            above = {os.path.dirname(name) for name in kept}  # a series is kept under the name of its first file
-            assert path in rejected or path in kept or os.path.dirname(path) in above, path
-    assert len(kept) > {"pydicom": 55, "data_store": 24, "nibabel": 4}[package]
-    assert not [reason for reason in rejected.values() if not reason]
-    for row in kept.values():
-        x = load(row)
-        assert x.dtype in (np.uint8, np.float16) and np.isfinite(x).all() and x.min() >= 0
 
 
 # ---- privacy, resume, shards -----------------------------------------------------------------------------------------
@@ -733,13 +375,6 @@ def test_exit_codes_and_one_line_on_stderr(tmp_path):
 
 
 # ---- the public data sets, in the layouts users have, dirt included -------------------------------------------------
-def png(path, value=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = np.full((12, 16), value, np.uint8)
-    image[0, 0] = 255  # else it would be blank
-    Image.fromarray(image).save(path)
-
-
 @pytest.mark.parametrize("folder", ["images", "images_001/images"])
 def test_chestxray14_layouts(tmp_path, monkeypatch, folder):
     """The header holds bare commas inside brackets and each line a comma too many; lists end without a newline."""
@@ -981,7 +616,7 @@ def test_another_source_key_or_size_is_refused_once_a_sample_is_kept(tmp_path, m
             command(monkeypatch, "folder", *args, *cache)
     png(data / "a.png")
     command(monkeypatch, "folder", data, *cache)
-    assert prepare.read_recipe(tmp_path / "cache/x")[0] == {"size": 256, "slices": 64, "frames": 64}
+    assert prepare.read_sizes(tmp_path / "cache/x") == {"size": 256, "slices": 64, "frames": 64}
     before = tree(tmp_path / "cache/x")
     for args, message in {(other,): "another source", (data, "--size", 64): "size 256", (data, "--frames", 8): "frames 64",
                           (data, "--slices", 32): "slices 64", (data, "--key-file", tmp_path / "k"): "another key"}.items():
@@ -1096,153 +731,6 @@ def test_the_fatal_line_stands_alone_below_the_bar(tmp_path):
     lines = done.stderr.split("\n")
     assert done.returncode == 1 and lines[-2].startswith("prepare.py: cannot write cache/folder/"), done.stderr
     assert "No space left on device" in lines[-2] and lines[-1] == "" and "sample/s" in lines[-3]
-
-
-# ---- two-dimensional pixels ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tags", [{"PixelAspectRatio": [2, 1]}, {"PixelSpacing": [0.4, 0.2]},
-                                  {"ImagerPixelSpacing": [0.4, 0.2]}], ids=lambda tags: [*tags][0])
-def test_images_keep_their_aspect_in_mm(tmp_path, tags):
-    """20 rows of 2 units are as long as 40 columns of 1: the square is filled. Without the tag it is half of it."""
-    ramp = np.arange(800, dtype=np.uint8).reshape(20, 40) % 200 + 50
-    for wanted, more in ((40, tags), (20, {})):
-        x = read_any(dicom(tmp_path / "a.dcm", ramp.astype(np.uint8), **more), size=40)[1]
-        assert (x[0, :, 20, 0] > 0).sum() == wanted
-
-
-@pytest.mark.parametrize("bits", [10, 12, 14])
-def test_deep_images_are_stretched_however_many_bits_they_use(tmp_path, bits):
-    ramp = np.linspace(0, 2 ** bits - 1, 64 * 64).reshape(64, 64).astype(np.uint16)
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(ramp).save(tmp_path / name)
-        x = read_any(tmp_path / name, size=64)[1][0, :, :, 0]
-        assert np.abs(x - stretched(ramp)).max() < 1e-3
-
-
-def test_pixels_without_a_value_become_background_and_a_note(tmp_path, monkeypatch):
-    image = np.random.default_rng(0).random((16, 16)).astype(np.float32)
-    image[3, 3], image[4, 4] = np.nan, np.inf
-    (tmp_path / "data").mkdir()
-    Image.fromarray(image).save(tmp_path / "data/one.tif")
-    Image.fromarray(np.full((16, 16), np.nan, np.float32)).save(tmp_path / "data/none.tif")
-    Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / "data/flat.png")
-    nifti(tmp_path / "data/flat.nii.gz", np.full((9, 9, 9), 7, np.int16), np.eye(4))
-    nifti(tmp_path / "data/below.nii.gz", np.arange(-3000, -3000 + 729, dtype=np.int16).reshape(9, 9, 9), np.eye(4))
-    hu, affine = phantom()
-    for path in series(tmp_path / "data/nan", hu, affine).iterdir():
-        ds = pydicom.dcmread(path)
-        ds.RescaleSlope = "nan"
-        ds.save_as(path)
-    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "ct")
-    x = load(kept["one.tif"])
-    assert list(kept) == ["one.tif"] and np.isfinite(x).all() and x[0, 56, 56, 0] < 0.1
-    assert "set to the background" in (tmp_path / "cache/x/sources.csv").read_text()
-    assert all(reason.startswith("blank") for path, reason in rejected.items() if "nan/" not in path)
-    assert all(reason == "rescale is not finite" for path, reason in rejected.items() if "nan/" in path)
-    assert len(rejected) == 4 + 16
-
-
-def test_a_thumbnail_is_no_second_frame(tmp_path):
-    pages = [Image.fromarray(np.eye(size, dtype=np.uint8) * 200) for size in (64, 16)]
-    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    assert read_any(tmp_path / "a.tif", size=64)[1].shape == (1, 64, 64, 1)
-    pages[0].save(tmp_path / "b.tif", save_all=True, append_images=pages[:1] * 3)
-    assert read_any(tmp_path / "b.tif", size=64, frames=4)[1].shape == (3, 64, 64, 4)
-
-
-# ---- series, once more -----------------------------------------------------------------------------------------------
-def edit(folder, change):
-    """Apply change(dataset, n) to each file of a folder, in the order of the positions."""
-    files = sorted(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
-    for n, path in enumerate(files):
-        ds = pydicom.dcmread(path)
-        change(ds, n)
-        ds.save_as(path)
-
-
-def test_two_patients_who_share_a_series_uid_are_two_volumes(tmp_path, monkeypatch):
-    """Copied phantoms and careless exports share them; interleaved, they would be one body."""
-    hu, affine = phantom()
-    for patient, values in (("one", hu), ("two", -hu)):
-        edit(series(tmp_path / "data" / patient, values, affine),
-             lambda ds, n: ds.update({"PatientID": patient, "SeriesInstanceUID": "1.2.3"}))
-    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--size", 32, "--slices", 16)
-    assert set(kept) == {"one/IM0000", "two/IM0000"} and not rejected
-    assert len({row["patient"] for row in kept.values()}) == len({row["id"] for row in kept.values()}) == 2
-    want = read_any(series(tmp_path / "one", hu, affine), size=32, slices=16)[1]
-    assert np.array_equal(load(kept["one/IM0000"]), want)
-
-
-@pytest.mark.parametrize("tag, values", [
-    ("DiffusionBValue", (0.0, 1000.0)), ("AcquisitionTime", ("101010", "101110")), ("ContentTime", ("101010", "101110")),
-    ("TriggerTime", ("0", "400")), ("EchoTime", ("2", "5")), ("TemporalPositionIdentifier", ("1", "2"))])
-def test_of_passes_over_one_place_a_complete_one_is_kept(tmp_path, monkeypatch, tag, values):
-    """DWI, perfusion and cine: the same slices again, told apart by one tag. The second pass here lacks two slices."""
-    hu, affine = phantom()
-    data = tmp_path / "data"
-    series(data, hu, affine, modality="MR", uid="1.2.3")
-    edit(data, lambda ds, n: ds.update({tag: values[0]}))
-    series(tmp_path / "again", hu // 2, affine, modality="MR", skip=(0, 15), uid="1.2.3")
-    edit(tmp_path / "again", lambda ds, n: ds.update({tag: values[1]}))
-    for path in (tmp_path / "again").iterdir():
-        path.rename(data / f"x{path.name}")
-    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, "--size", 32, "--slices", 16)
-    assert list(kept) == ["IM0000"] and len(rejected) == 14
-    assert all(path.startswith("x") and "echo, b-value, phase or time" in why for path, why in rejected.items())
-    want = read_any(series(tmp_path / "one", hu, affine, modality="MR"), size=32, slices=16)[1]
-    assert np.array_equal(load(kept["IM0000"]), want)
-
-
-def test_slices_with_one_sop_uid_are_slices_and_empty_padding_is_none(tmp_path, monkeypatch):
-    hu, affine = phantom()
-    want = read_any(series(tmp_path / "one", hu, affine), size=32, slices=16)[1]
-
-    def share(ds, n):
-        ds.SOPInstanceUID = "1.2"
-        ds.add_new("PixelPaddingValue", "SS", None)
-
-    edit(series(tmp_path / "data", hu, affine), share)
-    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--size", 32, "--slices", 16)
-    assert np.array_equal(load(kept["IM0000"]), want) and not rejected
-
-
-# ---- one file, as a query ----------------------------------------------------------------------------------------
-def test_any_file_of_a_series_stands_for_it(tmp_path):
-    hu, affine = phantom()
-    want = read_any(series(tmp_path / "a", hu, affine), size=32, slices=16)[1]
-    assert np.array_equal(read_any(tmp_path / "a/IM0005", size=32, slices=16)[1], want)
-    for path in series(tmp_path / "b", -hu, affine).iterdir():
-        path.rename(tmp_path / f"a/x{path.name}")
-    with pytest.raises(UserError, match="holds 2 samples; name one, IM0000, xIM0000"):
-        read_any(tmp_path / "a")
-    assert np.array_equal(read_any(tmp_path / "a/IM0005", size=32, slices=16)[1], want)
-    alone = dicom(tmp_path / "c/one.dcm", hu[:, :, 8], "CT", SeriesInstanceUID="1.2")
-    assert read_any(alone, size=32)[1].shape == (1, 32, 32, 1)
-
-
-def test_what_a_query_is_taken_for(tmp_path, capsys):
-    """Told, else tagged, else likely, else by kind; the last two are said."""
-    hu, affine = phantom()
-    volume, tagged = nifti(tmp_path / "a.nii.gz", hu, affine), dicom(tmp_path / "a.dcm", SPOT, "DX")
-    png(tmp_path / "a.png")
-    for path, told, likely, want, said in [
-            (volume, None, None, "ct", True), (volume, None, "mri", "mri", True), (volume, "mri", "ct", "mri", False),
-            (tagged, None, "ultrasound", "xray", False), (tagged, "ultrasound", None, "ultrasound", False),
-            (tmp_path / "a.png", None, None, "xray", True), (video(tmp_path / "a.avi"), None, None, "endoscopy", True)]:
-        modality, x = read_any(path, told, likely, size=16, slices=4, frames=4)
-        assert modality == want and x.shape[1:3] == (16, 16)
-        assert capsys.readouterr().err == f"{path}: taken as {want} (--modality says otherwise)\n" * said
-    os.mkfifo(tmp_path / "fifo")
-    for name, message in (("fifo", "no such file"), ("none", "no such file"), ("broken.png", "cannot be decoded")):
-        (tmp_path / "broken.png").write_bytes(b"no image")
-        with pytest.raises(UserError, match=f"{name}: {message}"):
-            read_any(tmp_path / name)
-
-
-def test_a_stream_that_does_not_say_its_length_is_drawn_from_too(tmp_path):
-    """An MPEG program stream declares no number of frames; the drawn ones are those of any other clip."""
-    video(tmp_path / "a.mpg", 25, codec="mpeg2video")
-    x = read_any(tmp_path / "a.mpg", frames=8, size=32)[1]
-    assert x.shape == (3, 32, 32, 8) and (np.diff(x[0, 16, 16].astype(int)) > 3).all()
 
 
 # ---- the demo --------------------------------------------------------------------------------------------------------
