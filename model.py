@@ -259,6 +259,7 @@ def init_from_2d(encoder, path):
     CHOICE: positions, but for the CLS token's, and heads are left out; a missing CLS token starts at random.
     """
     state = read_checkpoint(path)
+    del state["sha256"]  # a plain state dict would have it among its weights
     with as_user_error(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
         for key in ("encoder", "teacher", "model", "state_dict"):  # where the families nest their weights
             state = state[key] if isinstance(state.get(key), dict) else state
