@@ -25,11 +25,12 @@ import secrets
 import signal
 import sys
 import tempfile
-import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio.v3 as iio
 import nibabel as nib
@@ -58,26 +59,57 @@ PUBLIC_KEY = b"M3Ret public data"  # of public data: ids are the same wherever S
 VERSION = 3  # raise when the pixels of a cached sample change
 VIDEO_OPTIONS = {"format_whitelist": "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,asf,h264,hevc",
                  "protocol_whitelist": "file,pipe"}  # an .avi can be a script that opens other files
-SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif"), "nifti": (".nii", ".nii.gz"),
-            "video": (".avi", ".mp4", ".mov", ".mpg", ".mpeg", ".mkv", ".wmv", ".m4v", ".webm")}
 UNKNOWN_FILE = "not a DICOM, NIfTI, image or video file"
 BURNED_IN = "may show names or dates in its pixels (BurnedInAnnotation is not NO)"
-# One future sample. files: relative to the source, one or the slices or frames; kind: image, video, nifti,
-# dicom, series or clip; key: what the id is made of, where it is not the path; the last two: of one slice.
-Sample = namedtuple("Sample", "files kind modality labels patient split key id place passes",
-                 defaults=((), "", "", "", "", (), ()))
-
 
 class UserError(Exception):
     """What a user can cause and mend: one line naming the file and the remedy."""
 
 
 class Rejected(Exception):
-    """Why one file is left out. What follows the first colon may quote the file: for rejected.csv only."""
+    """Why one file is left out: the reason never quotes the file, the detail may (it goes to rejected.csv alone)."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self):
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-class Note(UserWarning):
-    """Something to know about a kept sample, for sources.csv; never quotes the file."""
+@dataclass
+class Sample:
+    """One future sample of the cache."""
+    files: list  # relative to the source: one file, or those of a series or of a clip
+    kind: str  # image, video, nifti, dicom, series or clip: which reader opens it
+    modality: str = ""  # "" if nobody says it
+    labels: tuple = ()
+    patient: str = ""
+    split: str = ""
+    key: str = ""  # what the id is made of, where it is not the path of the first file
+    id: str = ""
+    slices: list = field(default_factory=list)  # of a series: the Slice records of its volume
+    place: tuple = ()
+    passes: tuple = ()
+
+
+class Frames(NamedTuple):
+    """What a reader of images and videos gives."""
+    planes: list  # (h, w) or (h, w, 3) each, uint8 or float32 in [0, 1]
+    high_bit_depth: bool = False  # deeper than 8 bits: the cache keeps float16
+    spacing: tuple = (1.0, 1.0)  # from row to row, from column to column; only their ratio counts
+    notes: tuple = ()  # sentences for sources.csv, which never quote the file
+
+
+class Volume(NamedTuple):
+    """What a reader of volumes gives; voxels * slope + intercept are the values of the file's unit."""
+    voxels: np.ndarray  # (i, j, k) as stored
+    affine: np.ndarray  # (4, 4) from (i, j, k) to RAS+ mm
+    slope: float = 1.0
+    intercept: float = 0.0
+    hounsfield: object = None  # True or False where the header says so, else None: the values decide
+    notes: tuple = ()
 
 
 def refuse(bad, reason):
@@ -156,7 +188,7 @@ def body_parts(*texts):
     return ()
 
 
-def open_dicom(path, **options):
+def open_dicom(path, notes, **options):
     """pydicom.dcmread for files of any origin, those without a preamble included."""
     with open(path, "rb") as file:
         head = file.read(132)
@@ -167,7 +199,7 @@ def open_dicom(path, **options):
         ds.file_meta.TransferSyntaxUID = pydicom.uid.AllTransferSyntaxes[0 if ds.original_encoding[0] else 1]
     risky = ds.get("Modality") in ("US", "SC", "XA", "ES")  # where nothing is said
     if (ds.get("BurnedInAnnotation") or ("YES" if risky else "NO")) != "NO":
-        warnings.warn(BURNED_IN, Note)
+        notes.add(BURNED_IN)
     return ds
 
 
@@ -177,24 +209,24 @@ PASS_TAGS = ("EchoTime", "DiffusionBValue", "TemporalPositionIdentifier", "Trigg
 
 def dicom_header(path, source="", modality=None, allow_2d=True):
     """The job of one DICOM file, by its header; a single CT or MR image is one of a stack of slices."""
-    ds = open_dicom(os.path.join(source, path), stop_before_pixels=True)
+    ds = open_dicom(os.path.join(source, path), set(), stop_before_pixels=True)
     refuse(not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"),
            f"no image ({pydicom.uid.UID(ds.get('SOPClassUID', '')).name})")
     refuse(ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1, "HighBit is not BitsStored - 1")
     patient, uid, *passes = (str(ds.get(tag) or "") for tag in ("PatientID", "SeriesInstanceUID", *PASS_TAGS))
     texts = "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"
     modality = modality or DICOM_MODALITIES.get(str(ds.get("Modality")))
-    job = Sample([path], "dicom", modality, body_parts(*map(ds.get, texts)), patient)
+    job = Sample([path], "dicom", modality or "", body_parts(*map(ds.get, texts)), patient)
     if modality not in VOLUMES:
         return job
     refuse(re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))), "localizer")
     if int(ds.get("NumberOfFrames") or 1) > 1:
-        return job._replace(kind="series")  # an enhanced file
+        return replace(job, kind="series")  # an enhanced file
     refuse(not uid and not allow_2d, "no SeriesInstanceUID (0020,000E) (--allow-2d keeps it as an image)")
     direction, place = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
         "ImageOrientationPatient", "ImagePositionPatient"))  # + 0.0, since -0.0 is another text
     stack = patient, uid or path, int(ds.Rows), int(ds.Columns), direction
-    return job._replace(kind="slice", key=repr(stack), place=place, passes=passes)
+    return replace(job, kind="slice", key=repr(stack), place=place, passes=passes)
 
 
 def one_pass(slices):
@@ -212,7 +244,7 @@ def one_pass(slices):
     return one_pass(best) if places(slices) < len(slices) and places(best) >= MIN_SLICES else slices
 
 
-# ---- find samples: which files make them, and (path, reason) of those left out ---------------------------
+# ---- find samples: which files make them, and (path, reason) of those left out -------------------
 def walk(source):
     """Relative paths of the regular files below source, and (path, reason) of everything else."""
     files, left_out, folders = [], [], [""]
@@ -261,15 +293,10 @@ def read_labels(path):
     return rows
 
 
-def kind_of(path):
-    """image, nifti or video; "" where the name does not say it, as of most DICOM files."""
-    return "".join(kind for kind, ends in SUFFIXES.items() if path.lower().endswith(ends))
-
-
 def find_samples(source, files, allow_2d, workers, told):
     """Jobs of any mix of files, (path, reason) of the rest. told(path) is the modality a user gave, if any;
     that of a job is None where neither the user nor a DICOM header says it."""
-    jobs = [Sample([path], kind_of(path), told(path)) for path in files if kind_of(path)]
+    jobs = [Sample([path], kind_of(path), told(path) or "") for path in files if kind_of(path)]
     others = [path for path in files if not kind_of(path)]  # they may be DICOM
     left_out, stacks = [], defaultdict(list)  # {(patient, series ...): jobs of slices}
     answers = run_in_workers(lambda path: dicom_header(path, source, told(path), allow_2d), others, workers)
@@ -281,14 +308,14 @@ def find_samples(source, files, allow_2d, workers, told):
         else:
             jobs.append(job)
     for slices in stacks.values():
-        kept = one_pass(sorted(slices))
+        kept = one_pass(sorted(slices, key=lambda job: job.files))
         if len(kept) >= MIN_SLICES:
             names = [job.files[0] for job in kept]
-            jobs.append(kept[0]._replace(files=names, kind="series"))
+            jobs.append(replace(kept[0], files=names, kind="series"))
             reason = "another echo, b-value, phase or time of a kept series"
             left_out += [(name, reason) for name in {job.files[0] for job in slices}.difference(names)]
         elif allow_2d:
-            jobs += [job._replace(kind="dicom", key="") for job in slices]
+            jobs += [replace(job, kind="dicom", key="") for job in slices]
         else:
             reason = f"{len(slices)} slices of this series, size and direction, a volume needs {MIN_SLICES}"
             left_out += [(job.files[0], f"{reason} (--allow-2d keeps each as an image)") for job in slices]
@@ -320,7 +347,7 @@ def folder(source, files, options):
                                    lambda path: rows[path].get("modality") or options.modality)
     for job in found:
         row = next(filter(None, map(rows.get, job.files)), {})  # of a series the first file that has one
-        jobs.append(job._replace(labels=row.get("labels", job.labels), split=row.get("split", ""),
+        jobs.append(replace(job, labels=row.get("labels", job.labels), split=row.get("split", ""),
                                  patient=row.get("patient") or job.patient))
     return jobs, left_out
 
@@ -445,15 +472,24 @@ DATASETS = dict(demo=folder, folder=folder, chestxray14=chestxray14, fetal_plane
                 kvasir_capsule=kvasir_capsule, hyper_kvasir=hyper_kvasir, ct_rate=ct_rate, radgenome=ct_rate)
 
 
-# ---- readers: frames (h, w[, 3]) and whether they are deeper than 8 bits, or a volume ----------------------
-def image_frame(image):
+# ---- read one file: images, videos, NIfTI --------------------------------------------------------
+SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif"), "nifti": (".nii", ".nii.gz"),
+            "video": (".avi", ".mp4", ".mov", ".mpg", ".mpeg", ".mkv", ".wmv", ".m4v", ".webm")}
+
+
+def kind_of(path):
+    """image, nifti or video; "" where the name does not say it, as of most DICOM files."""
+    return "".join(kind for kind, ends in SUFFIXES.items() if path.lower().endswith(ends))
+
+
+def image_frame(image, notes):
     """An open Pillow image -> (h, w) or (h, w, 3), uint8, or float32 in [0, 1] if it is deeper."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bit grey; how many bits are used is not told
         x = np.asarray(image).astype(np.float32)  # (h, w)
         finite = np.isfinite(x)
         if not finite.all():
-            warnings.warn("NaN or infinite pixels set to the background", Note)
+            notes.add("NaN or infinite pixels set to the background")
             x = np.where(finite, x, x[finite].min() if finite.any() else 0)
         return x if image.mode == "F" and 0 <= x.min() <= x.max() <= 1 else normalize_percentiles(x)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -461,32 +497,45 @@ def image_frame(image):
     return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
-def read_image(path, count=1, seed=0):
-    """PNG, JPEG, TIFF or GIF; several pages are a video: `count` of them."""
-    image = Image.open(path, formats=("PNG", "JPEG", "TIFF", "GIF"))
+def read_image(paths, sample, count, seed):
+    """PNG, JPEG, TIFF or GIF -> Frames; several pages are a video: `count` of them."""
+    notes = set()
+    image = Image.open(paths[0], formats=("PNG", "JPEG", "TIFF", "GIF"))
     size, deep = image.size, image.mode[0] in "IF"
     pages = [n for n, page in enumerate(ImageSequence.Iterator(image)) if page.size == size]  # no thumbnails
     one = len(pages) == 1 or image.format == "MPO"  # a photo and its previews
-    chosen = [0] if one else sample_frames(len(pages), count, seed)
-    return [image_frame(ImageSequence.Iterator(image)[pages[n]]) for n in chosen], deep
+    chosen = [0] if one else sample_frames(len(pages), count, seed, notes)
+    planes = [image_frame(ImageSequence.Iterator(image)[pages[n]], notes) for n in chosen]
+    return Frames(planes, deep, notes=tuple(notes))
 
 
-def read_video(source, count, seed):
-    """AVI, MP4, MOV ... (or bytes) -> `count` frames (h, w, 3) uint8, in one pass if a length is told."""
-    with iio.imopen(source, "r", plugin="pyav", options=VIDEO_OPTIONS, metadata_errors="ignore") as video:
+def read_clip(paths, sample, count, seed):
+    """Still images in the order of time -> Frames, `count` of them."""
+    if len(paths) < MIN_RUN:
+        raise Rejected(f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}")
+    notes = set()
+    planes = [read_image([paths[n]], sample, 1, seed).planes[0] for n in sample_frames(len(paths), count, seed, notes)]
+    return Frames(planes, notes=tuple(notes))
+
+
+def read_video(paths, sample, count, seed):
+    """AVI, MP4, MOV ... (a path, or bytes) -> Frames, `count` of them, in one pass if a length is told."""
+    notes = set()
+    with iio.imopen(paths[0], "r", plugin="pyav", options=VIDEO_OPTIONS, metadata_errors="ignore") as video:
         length = video.properties(index=...).n_images or sum(1 for _ in video.iter(thread_count=1))
-        numbers, frames = sample_frames(length, count, seed), {}
+        numbers, frames = sample_frames(length, count, seed, notes), {}
         try:
             for n in sorted(set(numbers)):  # what lies between is decoded but not converted, the longer part
                 frames[n] = video.read(index=n, constant_framerate=False, thread_count=1)
         except StopIteration:
             raise Rejected(f"damaged, ends before frame {n} of its {length}") from None
-        return [frames[n] for n in numbers]
+        return Frames([frames[n] for n in numbers], notes=tuple(notes))
 
 
-def read_nifti(path):
-    """NIfTI-1 or 2, packed or not -> voxels (i, j, k), RAS+ affine in mm, slope, intercept."""
-    data = Path(path).read_bytes()
+def read_nifti(paths, sample, count, seed):
+    """NIfTI-1 or 2, packed or not -> Volume."""
+    notes = set()
+    data = Path(paths[0]).read_bytes()
     data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data  # checks the CRC, nib.load does not
     second = data[4:7] == b"n+2"
     refuse(not second and data[344:347] != b"n+1", "not a NIfTI file (convert .hdr/.img pairs to .nii)")
@@ -495,11 +544,12 @@ def read_nifti(path):
     usable = proxy.offset >= 348 and kind.kind in "iuf" and 2 <= len(shape) <= 4 and min(shape) > 0
     refuse(not usable, f"voxels of shape {shape} and type {kind} cannot be used")
     if shape[3:] not in ((), (1,)):
-        warnings.warn("4D NIfTI: first volume kept", Note)
+        notes.add("4D NIfTI: first volume kept")
     voxels = np.ndarray(shape + (1,) * (4 - len(shape)), kind, data, int(proxy.offset), order="F")
-    return voxels[..., 0], image.affine, proxy.slope, proxy.inter
+    return Volume(voxels[..., 0], image.affine, proxy.slope, proxy.inter, notes=tuple(notes))
 
 
+# ---- read one file: DICOM ------------------------------------------------------------------------
 def per_frame(ds, frame, tag, default=None):
     """A value of one frame: its functional group, else the shared one, else the data set (PS3.3 C.7.6.16)."""
     own = ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]
@@ -518,7 +568,7 @@ def rescale(ds, frame, stored):
     return *pair, (stored >= min(ends)) & (stored <= max(ends))
 
 
-def dicom_frame(ds, frame, modality):
+def dicom_frame(ds, frame, modality, notes):
     """One frame -> (h, w[, 3]) in [0, 1]: colour as RGB, CT by HU_RANGE, X-ray as displayed, MR stretched."""
     stored, full = pixel_array(ds, index=frame), np.float32((1 << ds.BitsStored) - 1)
     if ds.PhotometricInterpretation == "PALETTE COLOR":
@@ -543,36 +593,40 @@ def dicom_frame(ds, frame, modality):
     else:
         x = normalize_percentiles(x, ~outside)
     if modality != "ct" and ds.PhotometricInterpretation == "MONOCHROME1":  # HU are never inverted
-        warnings.warn("MONOCHROME1: inverted", Note)
+        notes.add("MONOCHROME1: inverted")
         x = 1 - x
     return np.where(outside, 0, x).astype(np.float32)
 
 
-def read_dicom(path, modality, count, seed):
-    """A DICOM file -> one or `count` frames (h, w[, 3]) in [0, 1], deeper than 8 bits?, size of a pixel."""
-    ds, spacing = open_dicom(path), (1.0, 1.0)  # of the size only the ratio counts, in whatever unit it is
+def read_dicom(paths, sample, count, seed):
+    """A DICOM file -> Frames: one, or `count` of its frames."""
+    notes, spacing = set(), (1.0, 1.0)  # of the size only the ratio counts, in whatever unit it is
+    ds = open_dicom(paths[0], notes)
     if "PixelData" in ds and ds.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4.10"):  # MPEG
         stream = b"".join(list(pydicom.encaps.generate_fragments(ds.PixelData))[1:])  # after the offset table
-        return read_video(stream, count, seed), False, spacing
+        video = read_video([stream], sample, count, seed)
+        return video._replace(notes=(*video.notes, *notes))
     for tag in ("PixelAspectRatio", "ImagerPixelSpacing", "PixelSpacing"):  # the last that is there counts
         values = np.array(per_frame(ds, 0, tag, ()), float)
         if values.shape == (2,) and 0 < values.min() <= values.max() < np.inf:
             spacing = tuple(values)
     frames = int(ds.get("NumberOfFrames") or 1)
-    chosen = sample_frames(frames, count, seed) if frames > 1 else [0]  # one frame is an image
-    return [dicom_frame(ds, frame, modality) for frame in chosen], ds.BitsStored > 8, spacing
+    chosen = sample_frames(frames, count, seed, notes) if frames > 1 else [0]  # one frame is an image
+    planes = [dicom_frame(ds, frame, sample.modality, notes) for frame in chosen]
+    return Frames(planes, ds.BitsStored > 8, spacing, tuple(notes))
 
 
-def read_series(files, modality):
-    """A DICOM series, or one multi-frame file -> voxels (i, j, k), RAS+ affine in mm, slope, intercept.
+def read_series(paths, sample, count, seed):
+    """A DICOM series, or one multi-frame file -> Volume.
 
     Slices are sorted by their position along the normal, never by name or number (PS3.3 C.7.6.2.1.1). Of
     copies one is kept; two different slices at one place, or a gap, are refused: a wrong anatomy.
     """
+    notes, modality = set(), sample.modality
     planes, places, scales = [], [], []  # (rows, columns), 6 + 2 + 3 numbers, 2 numbers of each slice
-    for path in files:
+    for path in paths:
         try:
-            ds = open_dicom(path)
+            ds = open_dicom(path, notes)
             stored = pixel_array(ds).reshape(-1, ds.Rows, ds.Columns)  # (frames, rows, columns)
         except BaseException as error:  # decoders raise all there is; this is a guarded child
             raise Rejected(f"a slice is damaged: {Path(path).name}, {type(error).__name__} {error}") from error
@@ -595,7 +649,7 @@ def read_series(files, modality):
     if len(order) < len(planes):
         same = all(np.array_equal(plane, planes[order[at]]) for plane, at in zip(planes, which))
         refuse(not same, "two different slices at one position")
-        warnings.warn("duplicate slices dropped", Note)
+        notes.add("duplicate slices dropped")
     refuse(len(order) < MIN_SLICES or np.ptp(places[:, :8], axis=0).max() > 1e-2,
            f"{len(order)} slices, a volume needs {MIN_SLICES} of one direction and spacing")
     gaps, usual = np.diff(z), np.median(np.diff(z))  # mm
@@ -609,10 +663,15 @@ def read_series(files, modality):
     if len(set(scales)) > 1:  # PET and some MR change it from slice to slice
         planes = [plane.astype(np.float32) * a + b for plane, (a, b) in zip(planes, scales)]
         scales = [(1.0, 0.0)]
-    return np.stack([planes[i] for i in order]).transpose(2, 1, 0), affine, *scales[0]  # (columns, rows, k)
+    voxels = np.stack([planes[i] for i in order]).transpose(2, 1, 0)  # (columns, rows, k)
+    return Volume(voxels, affine, *scales[0], notes=tuple(notes))
 
 
-# ---- pixels: everything becomes float32 in [0, 1], then (C, H, W, S) ---------------------------------------
+READERS = {"image": read_image, "clip": read_clip, "video": read_video, "nifti": read_nifti,
+           "dicom": read_dicom, "series": read_series}
+
+
+# ---- arrays: everything becomes float32 in [0, 1], then (C, H, W, S) -----------------------------
 def normalize_percentiles(x, valid=...):
     """The 0.5 to 99.5 percentile of x (of its valid part) becomes [0, 1]."""
     low, high = np.percentile(x[valid], (0.5, 99.5)) if x[valid].size else (0, 1)
@@ -645,11 +704,12 @@ def frames_to_array(frames, colour, size, spacing):
     return torch.cat(planes, dim=3).expand(3 if colour else 1, -1, -1, -1)  # (C, size, size, S)
 
 
-def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
-    """Voxels (i, j, k) with a RAS+ affine in mm -> (1, size, size, slices), oriented as the file header says.
+def volume_to_array(volume, modality, size, slices, notes):
+    """Volume -> (1, size, size, slices) in [0, 1], oriented as the file header says.
 
     CT is clipped to HU_RANGE before any averaging, other volumes are stretched by percentiles at the end.
     """
+    voxels, affine, slope, intercept = volume[:4]
     axes = nib.io_orientation(affine)  # (3, 2): along which axis of the body i, j, k run, and which way
     refuse(np.isnan(axes).any(), "singular affine, the header gives no orientation")
     to_lps = nib.orientations.ornt_transform(axes, nib.orientations.axcodes2ornt("LPS"))
@@ -668,7 +728,7 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
         x = torch.from_numpy(np.ascontiguousarray(voxels[first:last + 1], np.float32))  # (few, H, W)
         x = x.mul_(slope).add_(intercept)  # HU for CT
         if voxels.dtype.kind == "f" and not x.sum().isfinite():
-            warnings.warn("NaN or infinite voxels set to the background", Note)
+            notes.add("NaN or infinite voxels set to the background")
             x = torch.where(x.isfinite(), x, low if modality == "ct" else 0.0)
         x = torch.tensordot(row[first:last + 1], x.clamp_(low, high), dims=1)  # (H, W)
         planes.append(resize(x[None, None], size, spacing[1:]))  # (1, 1, h, w)
@@ -678,38 +738,33 @@ def volume_to_array(voxels, affine, slope, intercept, modality, size, slices):
     return pad(x, size)  # (1, size, size, slices)
 
 
-def sample_frames(n, k, seed):
+def sample_frames(n, k, seed, notes):
     """k of n places at random, in order (Sec. 3.4); too few are repeated evenly."""
     if n < k:
-        warnings.warn("fewer frames than asked for: repeated evenly", Note)
+        notes.add("fewer frames than asked for: repeated evenly")
         return [i * n // k for i in range(k)]
     return sorted(random.Random(seed).sample(range(n), k))
 
 
-# ---- one sample, decoded in a guarded child ----------------------------------------------------------------
-def decode(job, source, size, slices, frames):
-    """Read a job -> array (C, H, W, S), uint8 from 8-bit sources and float16 from deeper ones, and notes."""
-    files = [os.path.join(source, path) for path in job.files]
-    signal.alarm(SECONDS + sum(map(os.path.getsize, files)) // 1_000_000)  # a large one may take longer
-    seed, deep, spacing = int(job.id, 16), False, (1.0, 1.0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if job.kind in ("nifti", "series"):  # a volume
-            voxels, *where = read_nifti(files[0]) if job.kind == "nifti" else read_series(files, job.modality)
-            x, deep = volume_to_array(voxels, *where, job.modality, size, slices), voxels.itemsize > 1
-        else:
-            if job.kind == "image":
-                planes, deep = read_image(files[0], frames, seed)
-            elif job.kind == "video":
-                planes = read_video(files[0], frames, seed)
-            elif job.kind == "dicom":
-                planes, deep, spacing = read_dicom(files[0], job.modality, frames, seed)
-            else:
-                refuse(len(files) < MIN_RUN, f"in a run of {len(files)} frames, a clip needs {MIN_RUN}")
-                planes = [read_image(files[n])[0][0] for n in sample_frames(len(files), frames, seed)]
-            x = frames_to_array(planes, len(planes) > 1 or job.modality == "endoscopy", size, spacing)
-    x = x.clamp(0, 1).half() if deep else x.mul(255).round().clamp(0, 255).byte()  # (C, H, W, S)
-    return x.numpy(), sorted({str(note.message) for note in caught if note.category is Note})
+# ---- workers: one sample, decoded in a guarded child ---------------------------------------------
+def decode(sample, source, size, slices, frames):
+    """Read a sample -> array (C, H, W, S), uint8 from 8-bit sources and float16 from deeper ones, and its notes."""
+    paths = [os.path.join(source, path) for path in sample.files]
+    signal.alarm(SECONDS + sum(map(os.path.getsize, paths)) // 1_000_000)  # a large one may take longer
+    content = READERS[sample.kind](paths, sample, frames, int(sample.id, 16))  # the id seeds the choice of frames
+    notes = set(content.notes)
+    if isinstance(content, Volume):
+        x = volume_to_array(content, sample.modality, size, slices, notes)  # (1, size, size, slices)
+        high_bit_depth = content.voxels.itemsize > 1
+    else:
+        colour = len(content.planes) > 1 or sample.modality == "endoscopy"  # videos are RGB: see model.sample_kind
+        x = frames_to_array(content.planes, colour, size, content.spacing)  # (C, size, size, frames)
+        high_bit_depth = content.high_bit_depth
+    if high_bit_depth:
+        x = x.clamp(0, 1).half()
+    else:
+        x = x.mul(255).round().clamp(0, 255).byte()
+    return x.numpy(), sorted(notes)
 
 
 def cache_sample(job, source, folder, recipe):
@@ -777,7 +832,7 @@ def run_in_workers(task, items, workers):
             yield batch.pop(0), answer
 
 
-# ---- the cache ---------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 def pseudonym(key, text):
     """16 hex digits of HMAC-SHA256, "" of nothing."""
     return hmac.digest(key, os.fsencode(text), "sha256").hex()[:16] if text else ""
@@ -898,13 +953,13 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
     told = job.modality or likely or {"video": "endoscopy", "nifti": "ct"}.get(job.kind, "xray")
     if not job.modality:
         print(f"{path}: taken as {told} (--modality says otherwise)", file=sys.stderr)
-    job = job._replace(id=pseudonym(PUBLIC_KEY, path.name), modality=told)
+    job = replace(job, id=pseudonym(PUBLIC_KEY, path.name), modality=told)
     _, answer = next(run_in_workers(lambda job: decode(job, source, size, slices, frames), [job], 1))
     stop(isinstance(answer, Rejected), f"{path}: {answer}")
     return told, answer[0]
 
 
-# ---- command line ------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 def parse_arguments():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -961,7 +1016,7 @@ def main():
     stop(not jobs and not left_out, f"{source}: holds no files of {options.dataset}")
     if options.dataset == "folder" and not options.key_file:
         print("note: ids are made with a public key: anyone can test a guess; patients' data need --key-file")
-    jobs = [job._replace(id=pseudonym(key, job.key or job.files[0]), patient=pseudonym(key, job.patient))
+    jobs = [replace(job, id=pseudonym(key, job.key or job.files[0]), patient=pseudonym(key, job.patient))
             for job in jobs]
     jobs.sort(key=lambda job: job.id)  # an order that tells nothing, and shards of any kind of file
     for job in jobs[part]:

@@ -29,7 +29,7 @@ def test_every_slice_of_a_volume_reaches_the_result():
     for k in (0, 1, 77, 150, 299):
         voxels = np.zeros((4, 4, 300), np.float32)
         voxels[:, :, k] = 1000.0
-        x = prepare.volume_to_array(voxels - 1000, np.eye(4), 1.0, 0.0, "ct", 4, 64)
+        x = prepare.volume_to_array(prepare.Volume(voxels - 1000, np.eye(4)), "ct", 4, 64, set())
         assert x.sum().item() == pytest.approx(16 * 0.5 * 64 / 300, rel=0.5 if k in (0, 1, 299) else 0.15)
 
 
@@ -196,9 +196,9 @@ def test_frames_of_a_video_are_drawn_at_random_but_reproducibly_and_in_order(tmp
     levels = x[0, 16, 16].astype(int) / 10  # the frame numbers drawn
     assert x.shape == (3, 32, 32, 8) and (np.diff(levels) > 0.5).all() and levels.max() > 12
     assert np.array_equal(x, read_any(tmp_path / "a.avi", frames=8, size=32)[1])
-    draws = np.array([prepare.sample_frames(50, 5, seed) for seed in range(2000)])
+    draws = np.array([prepare.sample_frames(50, 5, seed, set()) for seed in range(2000)])
     assert np.abs(np.bincount(draws.ravel(), minlength=50) / 200 - 1).max() < 0.35, "each frame as likely as any other"
-    assert prepare.sample_frames(3, 7, 0) == [0, 0, 0, 1, 1, 2, 2]
+    assert prepare.sample_frames(3, 7, 0, set()) == [0, 0, 0, 1, 1, 2, 2]
     assert read_any(video(tmp_path / "b.mp4", 3, codec="mpeg4"), frames=6, size=32)[1].shape == (3, 32, 32, 6)
 
 
