@@ -238,6 +238,15 @@ def test_a_shape_compiles_to_one_graph():
     torch._dynamo.reset()
 
 
+def test_the_encoder_exports_with_any_batch_size():
+    vit = ViT("vit_t", cls_token=True).eval()
+    shapes = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(vit, (torch.rand(2, 1, 32, 48, 1),), dynamic_shapes=(shapes,))
+    for batch in (1, 3, 5):
+        x = torch.rand(batch, 1, 32, 48, 1)
+        torch.testing.assert_close(program.module()(x), vit(x))
+
+
 def test_recomputed_activations_give_the_same_gradients(monkeypatch):
     grads = []
     for limit in (4096, 2):
