@@ -9,13 +9,17 @@ Letters, here and in every other file: B batch, C channels, H W S height, width,
 a sample; ph pw ps the same of a patch, P = ph*pw*ps*3 values; h w s patch grid, N = h*w*s tokens;
 D token width, d projected width; V views; K neighbours; m samples in a coding rate.
 """
+import argparse
 import contextlib
 import hashlib
+import json
 import math
 from collections import OrderedDict
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -45,9 +49,6 @@ REFERENCE_GRID = 16
 
 # Longer sequences (8-pixel patches on volumes) recompute their activations instead of keeping them.
 RECOMPUTE_ABOVE = 4096  # tokens
-
-# What --init leaves out of the networks that it reads: positions, and all that is not the encoder.
-LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")
 
 # What torch.load, ViT and load_state_dict can raise if a file is damaged or holds something else.
 DAMAGED = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
@@ -386,43 +387,143 @@ def load_encoder(path, device="cpu", state=None):
     return encoder.to(device).eval()
 
 
-def init_from_2d(encoder, path):
-    """Start from a public 2D ViT (timm, DINO, MAE) or a checkpoint of ours, for `train.py --init`.
+def weights_sha256(encoder):
+    """Hex digest of an encoder's config and weights, whatever file they came from."""
+    digest = hashlib.sha256(json.dumps(encoder.config, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy())  # their bytes
+    return digest.hexdigest()
 
-    The patch kernel is repeated over S and divided by ps, so that an image, that is ps equal
-    slices, has the 2D network's tokens. CHOICE: heads are left out, and positions but for the CLS
-    token's. If the file has no CLS token, it starts at random.
+
+# ---- weights of other programs -------------------------------------------------------------------
+# DDP, torch.compile and the classes of the methods put these before the names of weights.
+PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.", "base_encoder.")
+
+# Left out are positions, and all that is not the encoder.
+LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token", "dino_head",
+            "ibot_head", "momentum_encoder", "predictor")
+
+# The LayerScale of a branch, and the linear map that it follows.
+LAYER_SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
+
+# MAE, DINO and SimDINO keep their flags and rates beside the weights, as these types. They are data
+# like tensors are: reading them runs no code. NumPy 1 and 2 give one function two names.
+NUMPY_SCALAR, _ = np.float64(0).__reduce__()
+FOREIGN_TYPES = [
+    argparse.Namespace, np.dtype, type(np.dtype("float64")), type(np.dtype("int64")),
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar")]
+
+
+def named_weights(state):
+    """What a file holds -> {name: tensor} of the network in it, with the names of `ViT`."""
+    # Training checkpoints hold the network under one of these, some of them twice.
+    for key in ("encoder", "teacher", "model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+
+    weights = {}
+    for key, value in state.items():
+        while key.startswith(PREFIXES):
+            _, key = key.split(".", 1)
+        name = key.replace("fc_norm.", "norm.")  # timm's, in networks that embed by averages
+        weights[name] = value
+    return weights
+
+
+def add_cls_position(weights):
+    """Add the first position to the CLS token, as timm, MAE and DINO do in every forward pass.
+
+    If the number of positions is a square, each belongs to a patch, and the CLS token has none
+    (timm's no_embed_class).
     """
-    state = read_checkpoint(path)
-    del state["sha256"]  # a plain state dict would have it among its weights
-    with as_user_error(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
-        # The families keep their weights under different keys, and prefix names in different ways.
-        for key in ("encoder", "teacher", "model", "state_dict"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
-        weights = {}
-        for key, value in state.items():
-            name = key.removeprefix("module.").removeprefix("backbone.")
-            weights[name.replace("fc_norm.", "norm.")] = value
+    if "cls_token" not in weights or "pos_embed" not in weights:
+        return
+    positions = weights["pos_embed"]  # (1, [1+]N, D)
+    n = positions.shape[1]
+    if math.isqrt(n) ** 2 != n:
+        weights["cls_token"] = weights["cls_token"] + positions[:, :1]  # (1, 1, D)
 
-        # timm and DINO add a position to the CLS token, the first of all; ours has none.
-        if "cls_token" in weights and "pos_embed" in weights:
-            weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]  # (1, 1, D)
-        weights = {key: value for key, value in weights.items() if not key.startswith(LEFT_OUT)}
+
+def fold_layer_scale(weights):
+    """Multiply DINOv2's LayerScale into the linear maps that it follows.
+
+    gamma * (W x + b) = (gamma W) x + gamma b, where gamma is (D,), W (D, n) and b (D,).
+    """
+    for scale, layer in LAYER_SCALES.items():
+        for name in [name for name in weights if name.endswith(scale)]:
+            gamma = weights.pop(name)  # (D,)
+            last = name.removesuffix(scale) + layer  # blocks.0.attn.proj, for example
+            weights[f"{last}.weight"] = gamma[:, None] * weights[f"{last}.weight"]  # (D, n)
+            weights[f"{last}.bias"] = gamma * weights[f"{last}.bias"]  # (D,)
+
+
+def inflate_kernel(kernel, patch_size):
+    """Patch kernel (D, 3, height, width) of a 2D ViT -> weights (D, P) for patches (ph, pw, ps)."""
+    ph, pw, ps = patch_size
+    height, width = kernel.shape[2:]
+    if (height, width) != (ph, pw):
+        # CHOICE: a kernel of another size (DINOv2 has 14 pixels) is resized as a picture would be.
+        # The sum of its weights, and so the token of an even patch, stays about as it was.
+        kernel = nn.functional.interpolate(
+            kernel.float(), (ph, pw), mode="bilinear", antialias=True)
+        kernel = kernel * (height * width) / (ph * pw)  # (D, 3, ph, pw)
+
+    # An image is ps equal slices: each has a share of the kernel, so that all give its token.
+    kernel = kernel[..., None].expand(-1, -1, -1, -1, ps) / ps  # (D, 3, ph, pw, ps)
+    return kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P)
+
+
+def init_from_2d(encoder, path):
+    """Start from a public 2D ViT or from a checkpoint of ours, for `train.py --init`.
+
+    Reads bare weights and training checkpoints of timm, MAE, DINO, DINOv2 and SimDINO. An image
+    then has the 2D network's tokens. CHOICE: heads and positions are left out, but for the position
+    of the CLS token. If the file has no CLS token, it starts at random.
+
+    Returns the ids (n,), int64, of the samples that a network of ours was trained on; None if they
+    are not known. UserError if the file holds no such network, one of another shape, or one with
+    registers, SwiGLU or RoPE.
+    """
+    with torch.serialization.safe_globals(FOREIGN_TYPES):
+        state = read_checkpoint(path)
+    del state["sha256"]  # bare weights would have it among them
+
+    with as_user_error(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
+        weights = named_weights(state)
+        if "patch_embed.proj.weight" not in weights:
+            first = ", ".join(list(weights)[:5])
+            raise UserError(f"{path}: no patch_embed.proj.weight; its first keys are {first}")
+
+        # What follows the encoder goes; what is left must be known.
+        add_cls_position(weights)
+        weights = {name: value for name, value in weights.items() if not name.startswith(LEFT_OUT)}
         if encoder.cls_token is None:
             weights.pop("cls_token", None)
-        else:
-            weights.setdefault("cls_token", encoder.cls_token)
+        elif "cls_token" not in weights:
+            weights["cls_token"] = encoder.cls_token
+        known = encoder.state_dict().keys()
+        for name in weights:
+            if name not in known and not name.endswith(tuple(LAYER_SCALES)):
+                raise UserError(f"{path} does not fit: a ViT of this --arch has no {name}")
 
+        fold_layer_scale(weights)
         kernel = weights["patch_embed.proj.weight"]
-        ps = encoder.patch_size[-1]
-        if kernel.dim() == 4:  # (D, 3, ph, pw)
-            kernel = kernel[..., None].expand(-1, -1, -1, -1, ps) / ps  # (D, 3, ph, pw, ps)
-            weights["patch_embed.proj.weight"] = kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P)
+        if kernel.dim() == 4:  # (D, 3, height, width); ours is (D, P) already
+            weights["patch_embed.proj.weight"] = inflate_kernel(kernel, encoder.patch_size)
         encoder.load_state_dict(weights)
+
+    if state.get("ids_known", True):
+        return state.get("ids")
+    return None
 
 
 # ---- pictures ------------------------------------------------------------------------------------
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
 def read_picture_flags(parser, out):
     """Flags of the scripts that draw one file -> args, and the file (1, C, H, W, S) in [0, 1]."""
     flag = parser.add_argument
@@ -439,10 +540,15 @@ def read_picture_flags(parser, out):
 
 
 def save_montage(path, rows, gap=4):
-    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG.
+    """Write rows of tiles, each (3, H, W) in [0, 1], as one picture, .png, .jpg or .jpeg.
 
     A row is as high as its highest tile, and all columns are as wide as the widest of all.
+    UserError for another suffix.
     """
+    suffix = Path(path).suffix.lower()
+    if suffix not in PICTURE_FORMATS:
+        raise UserError(f"{path}: pictures are written as {', '.join(PICTURE_FORMATS)}")
+
     heights = [gap + max(tile.shape[1] for tile in row) for row in rows]
     widths = [max(tile.shape[2] for tile in row) for row in rows]
     step = gap + max(widths)  # from the left of a tile to the left of the next
@@ -461,4 +567,4 @@ def save_montage(path, rows, gap=4):
     sheet = sheet[:, :-gap, :-gap]  # no gap after the last
     pixels = (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (height, width, 3)
     with atomic_write(path) as file:
-        Image.fromarray(pixels.numpy()).save(file, format="PNG")
+        Image.fromarray(pixels.numpy()).save(file, format=PICTURE_FORMATS[suffix])

@@ -2,23 +2,26 @@
 import math
 import os
 import pickle
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import model
 from mae import MAE
-from model import (ViT, expand, init_from_2d, load_encoder, patchify, pool, save_checkpoint, sincos_positions, stack,
-                   take_frames_at_random, take_frames_evenly, unit, unpatchify)
+from model import (ViT, expand, inflate_kernel, init_from_2d, load_encoder, patchify, pool, read_checkpoint,
+                   save_checkpoint, save_montage, sincos_positions, stack, take_frames_at_random,
+                   take_frames_evenly, unit, unpatchify, weights_sha256)
 from prepare import UserError
 from simdino import SimDINO
 
 PATCHES = [(8, 8, 4), (16, 16, 4), (32, 32, 4)]  # Sec. 4.4
-SHAPES = [(2, 1, 64, 96, 1), (2, 3, 64, 32, 16), (2, 1, 32, 64, 8)]  # image, video, volume, none of them square
+SHAPES = [(2, 1, 64, 96, 1), (2, 3, 64, 32, 16), (2, 1, 32, 64, 8)]  # image, video, volume, none square
 
 
 @pytest.mark.parametrize("patch", PATCHES)
@@ -29,9 +32,11 @@ def test_patchify_is_the_loop_it_stands_for(patch):
     for i in range(64 // ph):
         for j in range(96 // pw):
             for k in range(8 // ps):
-                block = x[0, :, i * ph:(i + 1) * ph, j * pw:(j + 1) * pw, k * ps:(k + 1) * ps]  # (3, ph, pw, ps)
-                assert patches[0, n].tolist() == [block[c, a, b, s].item() for a in range(ph) for b in range(pw)
-                                                  for s in range(ps) for c in range(3)]
+                rows, columns = slice(i * ph, (i + 1) * ph), slice(j * pw, (j + 1) * pw)
+                block = x[0, :, rows, columns, k * ps:(k + 1) * ps]  # (3, ph, pw, ps)
+                values = [block[c, a, b, s] for a in range(ph) for b in range(pw) for s in range(ps)
+                          for c in range(3)]
+                assert patches[0, n].tolist() == [value.item() for value in values]
                 n += 1
     assert patches.shape == (1, n, ph * pw * ps * 3)
     assert torch.equal(unpatchify(patches, patch, (64 // ph, 96 // pw, 2)), x)
@@ -68,7 +73,8 @@ def test_positions_know_where_things_are():
     image, volume = sincos_positions((4, 4, 1), 192), sincos_positions((4, 4, 2), 192)
     assert len(torch.unique(image, dim=0)) == 16
     # an image lies between the two halves of a volume that has the same plane: the middle of the slice axis
-    middle = torch.cat([torch.sin(8 / 10000 ** (torch.arange(32) / 32)), torch.cos(8 / 10000 ** (torch.arange(32) / 32))])
+    angles = 8 / 10000 ** (torch.arange(32) / 32)
+    middle = torch.cat([angles.sin(), angles.cos()])
     torch.testing.assert_close(image[0, 128:], middle)
     assert torch.equal(volume.view(4, 4, 2, 192)[..., :128][:, :, 0], image.view(4, 4, 192)[..., :128])
 
@@ -84,13 +90,13 @@ def test_one_path_for_image_video_volume(patch, shape):
     torch.testing.assert_close(vit(x.repeat(repeats)), tokens)  # what expand() saves copying
 
 
-@pytest.mark.parametrize("arch, dim, depth, heads, millions", [("vit_t", 192, 12, 3, 5.9), ("vit_s", 384, 12, 6, 22.5),
-                                                               ("vit_b", 768, 12, 12, 87.4)])
+@pytest.mark.parametrize("arch, dim, depth, heads, millions", [
+    ("vit_t", 192, 12, 3, 5.9), ("vit_s", 384, 12, 6, 22.5), ("vit_b", 768, 12, 12, 87.4)])
 def test_architectures(arch, dim, depth, heads, millions):
     with torch.device("meta"):
         vit = ViT(arch)
     assert (vit.dim, len(vit.blocks), vit.blocks[0].attn.heads) == (dim, depth, heads)
-    by_hand = depth * (12 * dim**2 + 13 * dim) + 2 * dim + 3072 * dim + dim  # 2D ViTs of this family plus 4x larger patches
+    by_hand = depth * (12 * dim**2 + 13 * dim) + 2 * dim + 3072 * dim + dim  # patches 4 times as large as in 2D
     assert sum(p.numel() for p in vit.parameters()) == by_hand
     assert abs(by_hand / 1e6 - millions) < 0.1
 
@@ -101,14 +107,14 @@ class Plain2DViT(nn.Module):
     def __init__(self, dim=192, depth=12, heads=3, patch=16):
         super().__init__()
         self.conv = nn.Conv2d(3, dim, patch, patch)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", 1e-6, True, True)
-                                    for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", 1e-6, True, True) for _ in range(depth))
         self.cls, self.norm = nn.Parameter(torch.randn(1, 1, dim)), nn.LayerNorm(dim, 1e-6)
         self.table = torch.randn(1, 197, dim)
 
     def forward(self, image, positions):
         tokens = self.conv(image).flatten(2).transpose(1, 2) + positions  # (B, N, D)
-        cls = self.cls + self.table[:, :1]  # timm and DINO: the first row of the positions belongs to the CLS token
+        cls = self.cls + self.table[:, :1]  # timm and DINO: the first position belongs to the CLS token
         tokens = torch.cat([cls.expand(len(image), -1, -1), tokens], 1)
         for layer in self.layers:
             tokens = layer(tokens)
@@ -127,36 +133,194 @@ class Plain2DViT(nn.Module):
         return {k: v.detach().clone() for k, v in state.items()}
 
 
-@pytest.mark.parametrize("nest", [lambda s: s, lambda s: {"model": s}, lambda s: {"teacher": {f"module.backbone.{k}": v
-                                                                                            for k, v in s.items()}}])
-def test_inflated_2d_network_gives_its_tokens(tmp_path, nest):
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def nested(state, *keys, prefix=""):
+    """A file of weights, each with a prefix, under keys within keys."""
+    state = {prefix + name: value for name, value in state.items()}
+    for key in reversed(keys):
+        state = {key: state}
+    return state
+
+
+@pytest.mark.parametrize("keys, prefix", [
+    ((), ""), (("model",), ""), (("teacher",), "module.backbone."), (("teacher",), "backbone."),
+    (("teacher",), "module._orig_mod.backbone."), (("state_dict",), "module.base_encoder."),
+    ((), "_orig_mod."), ((), "model."), (("state_dict",), "_orig_mod.module.model.backbone.")])
+def test_inflated_2d_network_gives_its_tokens_wherever_its_file_keeps_them(tmp_path, keys, prefix):
     torch.manual_seed(0)
     plain = Plain2DViT().eval()
-    torch.save(nest(plain.timm_state()), tmp_path / "plain.pth")
+    torch.save(nested(plain.timm_state(), *keys, prefix=prefix), tmp_path / "plain.pth")
     vit = ViT("vit_t", cls_token=True).eval()
     init_from_2d(vit, tmp_path / "plain.pth")
     image = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
         expected = plain(image, sincos_positions((4, 3, 1), 192))
-        torch.testing.assert_close(vit(image[..., None]), expected, rtol=1e-4, atol=1e-4)  # replicated over S = 4
+        torch.testing.assert_close(vit(image[..., None]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_init_takes_our_own_mae_for_simdino_and_names_what_does_not_fit(tmp_path):
+def test_init_says_what_a_file_holds_that_is_no_vit(tmp_path):
+    torch.save({"module.conv1.weight": torch.ones(1), "module.fc.bias": torch.ones(1)}, tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match="resnet.pth: no patch_embed.proj.weight; .* conv1.weight, fc.bias"):
+        init_from_2d(ViT("vit_t"), tmp_path / "resnet.pth")
+
+
+def test_init_keeps_a_cls_token_that_has_no_position(tmp_path):
+    """timm's no_embed_class: 196 positions of 14 x 14 patches, none for the CLS token."""
+    state = Plain2DViT().timm_state()
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    torch.save(state, tmp_path / "plain.pth")
+    vit = ViT("vit_t", cls_token=True)
+    init_from_2d(vit, tmp_path / "plain.pth")
+    assert torch.equal(vit.cls_token, state["cls_token"])
+
+
+def test_init_reads_training_checkpoints_with_their_flags_and_rates(tmp_path):
+    """MAE, DINO and SimDINO save argparse's flags, DINO and SimDINO rates that are NumPy numbers."""
+    plain = Plain2DViT().timm_state()
+    group = {"lr": np.float64(1e-3), "weight_decay": np.linspace(0.04, 0.4, 3)[1], "step": np.int64(7)}
+    file = {"teacher": {f"backbone.{name}": value for name, value in plain.items()},
+            "optimizer": {"state": {}, "param_groups": [group]}, "epoch": 3,
+            "args": Namespace(arch="vit_tiny", lr=5e-4, local_crops_scale=(0.05, 0.4)),
+            "dino_loss": {"center": torch.zeros(1, 8)}}
+    file["teacher"] |= {"head.mlp.0.weight": torch.zeros(2, 2), "head.last_layer.weight_g": torch.ones(2, 1)}
+    torch.save(file, tmp_path / "dino.pth")
+    vit = ViT("vit_t", cls_token=True)
+    init_from_2d(vit, tmp_path / "dino.pth")
+    assert torch.equal(vit.blocks[3].mlp.fc1.weight, plain["blocks.3.mlp.fc1.weight"])
+
+
+def test_init_runs_no_code_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Plain2DViT().timm_state() | {"args": Harmful()}, tmp_path / "harmful.pth")
+    with pytest.raises(UserError, match="harmful.pth"):
+        init_from_2d(ViT("vit_t"), tmp_path / "harmful.pth")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_init_folds_layer_scale_exactly(tmp_path):
+    """DINOv2's blocks are ours with a factor (D,) on each branch."""
+    torch.manual_seed(0)
+    vit = ViT("vit_xs", cls_token=True).double()
+    state = vit.state_dict()
+    for name, value in state.items():
+        state[name] = value + 0.1 * torch.randn_like(value)  # biases too
+    vit.load_state_dict(state)
+    scales = torch.randn(3, 2, 96, dtype=torch.float64)
+    for number, (first, second) in enumerate(scales):
+        state |= {f"blocks.{number}.ls1.gamma": first, f"blocks.{number}.ls2.gamma": second}
+    torch.save(state, tmp_path / "dinov2.pth")
+
+    tokens = torch.randn(2, 5, 96, dtype=torch.float64)
+    expected = torch.cat([vit.cls_token.expand(2, -1, -1), tokens], dim=1)
+    for block, scale in zip(vit.blocks, scales):
+        expected = block(expected, scale)
+    folded = ViT("vit_xs", cls_token=True).double()
+    init_from_2d(folded, tmp_path / "dinov2.pth")
+    torch.testing.assert_close(folded.encode(tokens), vit.norm(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_a_resized_kernel_sees_the_same_picture_drawn_larger():
+    """A smooth kernel of 14 pixels on a smooth picture, and resized to 16 on the picture drawn at 16."""
+    def picture(n):  # (3, n, n)
+        rows, columns = torch.meshgrid(*[(torch.arange(n) + 0.5) / n] * 2, indexing="ij")
+        return torch.stack([rows, columns**2, torch.cos(3 * rows * columns)])
+
+    kernel = torch.cos(4 * picture(14)).expand(2, -1, -1, -1) / 14**2  # (D, 3, 14, 14)
+    token = (kernel[0] * picture(14)).sum()
+    for size in (16, 8, 32):
+        weights = inflate_kernel(kernel, (size, size, 4))  # (D, P)
+        image = picture(size)[None, ..., None]  # (1, 3, H, W, 1)
+        larger = weights @ patchify(expand(image), (size, size, 4))[0, 0]  # (D,)
+        torch.testing.assert_close(larger, token.expand(2), rtol=0.02, atol=0)
+
+
+def test_a_kernel_of_14_pixels_fits_after_resizing(tmp_path):
+    state = Plain2DViT(patch=14).timm_state()
+    torch.save(state, tmp_path / "dinov2.pth")
+    vit = ViT("vit_t", cls_token=True)
+    init_from_2d(vit, tmp_path / "dinov2.pth")
+    assert torch.equal(vit.patch_embed.proj.weight, inflate_kernel(state["patch_embed.proj.weight"], (16, 16, 4)))
+    even = torch.full((1, 3, 14, 14), 0.5)
+    assert inflate_kernel(even, (16, 16, 4)).sum().item() == pytest.approx(even.sum().item())
+
+
+def test_init_takes_our_own_mae_for_simdino(tmp_path):
     mae, simdino = ViT("vit_t"), ViT("vit_t", cls_token=True)
     save_checkpoint(tmp_path / "mae.pt", mae)
     init_from_2d(simdino, tmp_path / "mae.pt")
     assert torch.equal(simdino.blocks[3].mlp.fc1.weight, mae.blocks[3].mlp.fc1.weight)
-    with pytest.raises(UserError, match="do.* not fit"):
+
+
+def test_init_refuses_another_width(tmp_path):
+    save_checkpoint(tmp_path / "mae.pt", ViT("vit_t"))
+    with pytest.raises(UserError, match="mae.pt does not fit.*--arch"):
         init_from_2d(ViT("vit_s"), tmp_path / "mae.pt")
-    for extra in ("blocks.0.ls1.gamma", "blocks.0.gamma_1", "norm_pre.weight", "reg_token"):  # DINOv2, DeiT III, CLIP
-        torch.save({**mae.state_dict(), extra: torch.ones(192)}, tmp_path / "other.pth")
-        with pytest.raises(UserError, match=extra):
-            init_from_2d(simdino, tmp_path / "other.pth")
-    plain = {**mae.state_dict(), "decoder_blocks.0.norm1.weight": torch.ones(512), "mask_token": torch.ones(1, 1, 512)}
+
+
+@pytest.mark.parametrize("extra", [
+    "blocks.0.gamma_1", "norm_pre.weight", "reg_token", "register_tokens", "rope_embed.periods",
+    "blocks.0.mlp.w12.weight", "blocks.12.norm1.weight"])  # DeiT III, CLIP, DINOv2 and 3, a deeper network
+def test_init_names_what_it_does_not_know(tmp_path, extra):
+    torch.save({**ViT("vit_t").state_dict(), extra: torch.ones(192)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=f"other.pth does not fit.* has no {extra}"):
+        init_from_2d(ViT("vit_t", cls_token=True), tmp_path / "other.pth")
+
+
+def test_init_leaves_heads_out_and_knows_timms_last_norm(tmp_path):
+    plain = ViT("vit_t").state_dict()
+    plain |= {"decoder_blocks.0.norm1.weight": torch.ones(512), "mask_token": torch.ones(1, 1, 512)}
     plain["fc_norm.weight"], plain["fc_norm.bias"] = plain.pop("norm.weight") + 1, plain.pop("norm.bias")
     torch.save(plain, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)  # as timm's older files are
+    simdino = ViT("vit_t", cls_token=True)
     init_from_2d(simdino, tmp_path / "legacy.pth")
     assert torch.equal(simdino.norm.weight, torch.full((192,), 2.0))
+
+
+def test_init_tells_which_samples_a_network_of_ours_has_seen(tmp_path):
+    ids = torch.tensor([3, -5])
+    save_checkpoint(tmp_path / "ours.pt", ViT("vit_xs"), ids=ids)
+    save_checkpoint(tmp_path / "known.pt", ViT("vit_xs"), ids=ids, ids_known=True)
+    save_checkpoint(tmp_path / "unknown.pt", ViT("vit_xs"), ids=ids, ids_known=False)  # began from a foreign one
+    torch.save(ViT("vit_xs").state_dict(), tmp_path / "foreign.pth")
+    assert torch.equal(init_from_2d(ViT("vit_xs"), tmp_path / "ours.pt"), ids)
+    assert torch.equal(init_from_2d(ViT("vit_xs"), tmp_path / "known.pt"), ids)
+    assert init_from_2d(ViT("vit_xs"), tmp_path / "unknown.pt") is None
+    assert init_from_2d(ViT("vit_xs"), tmp_path / "foreign.pth") is None
+
+
+def test_the_hash_of_an_encoder_is_of_its_weights_and_config(tmp_path):
+    vit = ViT("vit_xs")
+    before = weights_sha256(vit)
+    save_checkpoint(tmp_path / "a.pt", vit, step=1)
+    save_checkpoint(tmp_path / "b.pt", vit, step=2)  # another file of the same encoder
+    assert weights_sha256(load_encoder(tmp_path / "a.pt")) == weights_sha256(load_encoder(tmp_path / "b.pt")) == before
+    assert read_checkpoint(tmp_path / "a.pt")["sha256"] != read_checkpoint(tmp_path / "b.pt")["sha256"]
+    assert len(before) == 64 and weights_sha256(ViT("vit_xs")) != before
+    with torch.no_grad():
+        vit.norm.bias[5] = 1e-7
+    assert weights_sha256(vit) != before
+    same_weights = ViT("vit_xs", (16, 8, 8))
+    same_weights.load_state_dict(vit.state_dict())
+    assert weights_sha256(same_weights) != weights_sha256(vit)
+    assert weights_sha256(vit.bfloat16()) != before
+
+
+@pytest.mark.parametrize("name, kind", [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG")])
+def test_a_picture_is_written_as_its_name_says(tmp_path, name, kind):
+    save_montage(tmp_path / name, [[torch.rand(3, 16, 16), torch.rand(3, 8, 24)], [torch.rand(3, 20, 10)]])
+    with Image.open(tmp_path / name) as image:
+        assert image.format == kind and image.size == (24 + 4 + 24, 16 + 4 + 20)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tiff", "a"])
+def test_other_kinds_of_pictures_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=rf"{name}: .*\.png"):
+        save_montage(tmp_path / name, [[torch.rand(3, 8, 8)]])
+    assert not list(tmp_path.iterdir())
 
 
 def test_pool_by_hand():
@@ -272,11 +436,6 @@ def test_checkpoint_brings_its_own_architecture(tmp_path):
     x = torch.rand(1, 1, 32, 32, 8)
     assert loaded.config == vit.config and torch.equal(loaded(x), vit(x)) and not loaded.training
     assert [f.name for f in tmp_path.iterdir()] == ["c.pt"]
-
-
-class Harmful:
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
 
 
 def test_what_is_no_checkpoint_gets_one_clear_line(tmp_path, monkeypatch):
