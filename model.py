@@ -297,10 +297,23 @@ class ViT(nn.Module):
         return tuple(grid)
 
     def tokens(self, x):
-        """(B, C, H, W, S) -> (B, N, D): patches, projected, with their positions."""
+        """(B, C, H, W, S) -> (B, N, D): patches, projected, with their positions.
+
+        Grey stands for 3 equal channels and an image for ps equal slices (`expand`). The weights
+        that meet equal values are summed first: the tokens are the same, but those of a grey image
+        take a twelfth of the products.
+        """
         positions = sincos_positions(self.grid(x.shape[2:]), self.dim, x.device)  # (N, D)
-        patches = patchify(expand(x, self.patch_size[-1]), self.patch_size)  # (B, N, P)
-        tokens = self.patch_embed.proj(patches)  # (B, N, D), as by a Conv3d with kernel = stride
+        ph, pw, ps = self.patch_size
+        weight = self.patch_embed.proj.weight.unflatten(1, (ph, pw, ps, 3))  # (D, ph, pw, ps, 3)
+        if x.shape[1] == 1:
+            weight = weight.sum(dim=4, keepdim=True)  # (D, ph, pw, ps, 1)
+        if x.shape[4] == 1:
+            weight = weight.sum(dim=3, keepdim=True)  # (D, ph, pw, 1, C)
+
+        patches = patchify(x, weight.shape[1:4])  # (B, N, ph*pw*ps*C)
+        bias = self.patch_embed.proj.bias  # (D,)
+        tokens = nn.functional.linear(patches, weight.flatten(1), bias)  # (B, N, D)
         return tokens + positions
 
     def encode(self, tokens):
