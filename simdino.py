@@ -48,58 +48,62 @@ MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
 
 # ---- views ---------------------------------------------------------------------------------------
 def resample_matrix(start, length, n_in, n_out, flip=None):
-    """Linear resampling of n_in cells to n_out, as matrices (B, n_out, n_in) whose rows sum to one.
+    """Linear resampling of n_in cells to n_out: matrices (..., n_out, n_in), each row's sum is 1.
 
-    start, length (B,): the crop, in input cells. flip (B,) bool: mirror it. The whole axis at its
+    start, length (...): the crop, in input cells. flip (...) bool: mirror it. The whole axis at its
     own size is exactly the identity. CHOICE: linear, where DINO's resize is bicubic.
     """
     # The output cells' centres lie evenly over the crop, in input cells (align_corners=False).
-    step = (length / n_out)[:, None]  # (B, 1) input cells per output cell
+    step = (length / n_out)[..., None]  # (..., 1) input cells per output cell
     cells = torch.arange(n_out, device=start.device)  # (n_out,)
-    centre = start[:, None] + (cells + 0.5) * step - 0.5  # (B, n_out)
+    centre = start[..., None] + (cells + 0.5) * step - 0.5  # (..., n_out)
     if flip is not None:
-        centre = torch.where(flip[:, None], centre.flip(1), centre)  # (B, n_out)
+        centre = torch.where(flip[..., None], centre.flip(-1), centre)  # (..., n_out)
     centre = centre.clamp(0, n_in - 1)
 
     # Each centre takes its neighbours by a triangle: one cell wide to each side, or one step when
     # shrinking, which antialiases. At the border of a crop it also reads cells just outside.
-    width = step.clamp(min=1)[:, :, None]  # (B, 1, 1)
-    distance = (torch.arange(n_in, device=start.device) - centre[:, :, None]).abs()
-    weight = (1 - distance / width).clamp(min=0)  # (B, n_out, n_in)
-    return weight / weight.sum(dim=2, keepdim=True)
+    width = step.clamp(min=1)[..., None]  # (..., 1, 1)
+    distance = (torch.arange(n_in, device=start.device) - centre[..., None]).abs()
+    weight = (1 - distance / width).clamp(min=0)  # (..., n_out, n_in)
+    return weight / weight.sum(dim=-1, keepdim=True)
 
 
 def blur_matrix(sigma, n):
-    """Gaussian blur of n cells, sigma (B,) in cells: matrices (B, n, n) whose rows sum to one."""
+    """Gaussian blur of n cells, sigma (...) in cells: matrices (..., n, n), each row's sum is 1."""
     cells = torch.arange(n, device=sigma.device)
-    sigma = sigma.clamp(min=1e-3)[:, None, None]  # (B, 1, 1), where 0 leaves all as it is
-    distance = (cells[:, None] - cells) / sigma  # (B, n, n) in sigmas
+    sigma = sigma.clamp(min=1e-3)[..., None, None]  # (..., 1, 1), where 0 leaves all as it is
+    distance = (cells[:, None] - cells) / sigma  # (..., n, n) in sigmas
 
     # Without the cut the tails would be subnormal numbers, which slow a CPU down many times.
-    weight = torch.exp(-0.5 * distance.square()) * (distance.abs() <= BLUR_RADIUS)  # (B, n, n)
-    return weight / weight.sum(dim=2, keepdim=True)
+    weight = torch.exp(-0.5 * distance.square()) * (distance.abs() <= BLUR_RADIUS)  # (..., n, n)
+    return weight / weight.sum(dim=-1, keepdim=True)
 
 
-def apply_matrices(x, along_h, along_w, along_s):
-    """x (B, C, H, W, S), matrices (B, n_out, n_in) for its last axes -> (B, C, H', W', S')."""
-    rows = along_h.amax(dim=(0, 1)).nonzero()[:, 0]  # those with any weight: no others are read
-    low, high = rows[0], rows[-1] + 1
-    x = x[:, :, low:high]
-    along_h = along_h[:, :, low:high]
+def apply_matrices(x, along_h, along_w, along_s=None):
+    """V views of each sample: x (B, C, H, W, S) -> (B, V, C, H', W', S').
 
-    for matrix in (along_s, along_w, along_h):  # each leaves its axis in front: the next is last
-        rest = x.shape[1:-1]
-        x = (matrix @ x.flatten(1, -2).mT).unflatten(2, rest)  # (B, ..., n_in) -> (B, n_out, ...)
-    return x.movedim(-1, 1)  # (B, H', W', S', C) -> (B, C, H', W', S'), a view
+    Matrices (B, V, n_out, n_in), one for each axis; without along_s, S stays as it is. In einsum's
+    letters h, w and s become i, j and k. A product puts its new axis in front and leaves the next
+    one last, where it needs no copy; the first product reads a sample once for all its views.
+    """
+    x = x.permute(0, 4, 1, 2, 3)[:, None]  # (B, 1, S, C, H, W)
+    if along_s is None:
+        x = x.contiguous()  # W is last in memory too
+    else:
+        x = torch.einsum("bvks,bvschw->bvkchw", along_s, x)  # (B, V, S', C, H, W)
+    x = torch.einsum("bvjw,bvkchw->bvjkch", along_w, x)  # (B, V, W', S', C, H)
+    x = torch.einsum("bvih,bvjkch->bvijkc", along_h, x)  # (B, V, H', W', S', C)
+    return x.movedim(-1, 2)  # (B, V, C, H', W', S')
 
 
 class Uniforms(NamedTuple):
-    """The random numbers of a view, each (B,) in [0, 1)."""
+    """The random numbers of a view, each (B, V) in [0, 1)."""
     area: torch.Tensor
     aspect: torch.Tensor
     top: torch.Tensor
     left: torch.Tensor
-    first: torch.Tensor  # slice
+    first: torch.Tensor  # slice of a crop
     flip: torch.Tensor
     blur: torch.Tensor
     sigma: torch.Tensor
@@ -115,50 +119,50 @@ def between(bounds, uniform):
     return low + (high - low) * uniform
 
 
-def make_view(x, kind, size, u):
-    """Views (B, C, H', W', S') of a kind and size of samples x (B, C, H, W, S), by u (B, 12)."""
-    u = Uniforms(*u.unbind(dim=1))
+def views_of_kind(x, kind, size, u):
+    """V views of one kind: samples x (B, C, H, W, S), u (B, V, 12) -> (B, V, C, H', W', S').
+
+    kind: "global1", "global2" or "local". size: (H', W', S'). u: uniform numbers in [0, 1).
+    """
+    u = Uniforms(*u.unbind(dim=-1))
     is_local = kind == "local"
 
     # RandCrop: its share of the plane, its aspect, its sides as shares of H, W and S.
-    area = between(LOCAL_AREA if is_local else GLOBAL_AREA, u.area)  # (B,)
+    area = between(LOCAL_AREA if is_local else GLOBAL_AREA, u.area)  # (B, V)
     log_aspect = between([math.log(ratio) for ratio in ASPECT], u.aspect)
     aspect = torch.exp(log_aspect)
     # CHOICE: the share of S is the geometric mean of those of H and W.
     sides = [(area * aspect).sqrt(), (area / aspect).sqrt(), area.sqrt()]
-
-    mirror = None
-    if not is_local:
-        mirror = u.flip < PROBABILITY  # RandFlip. CHOICE: left-right
+    mirror = u.flip < PROBABILITY  # RandFlip. CHOICE: left-right
     sigma = torch.where(u.blur < PROBABILITY, between(BLUR, u.sigma), 0)  # GaussianBlur
 
+    places = [u.top, u.left]
+    if sample_kind(x.shape[1:]) == "volume":
+        places.append(u.first)  # only Algorithm 3, of volumes, crops S
     matrices = []
-    for axis, place in enumerate((u.top, u.left, u.first)):
+    for axis, place in enumerate(places):
         n_in = x.shape[2 + axis]
-        if axis == 2 and sample_kind(x.shape[1:]) != "volume":  # Algorithms 1, 2 do not crop S
-            matrices.append(torch.eye(n_in, device=x.device).expand(len(x), -1, -1))  # (B, S, S)
-            continue
         length = sides[axis].clamp(max=1) * n_in  # CHOICE: cut to the sample where it sticks out
         start = place * (n_in - length)
-        flip = mirror if axis == 1 else None
+        flip = mirror if axis == 1 and not is_local else None
         matrix = resample_matrix(start, length, n_in, size[axis], flip)  # Resize
         if kind == "global1":
             # Blur and shift commute, since rows sum to one: only the clipping comes after both.
-            matrix = blur_matrix(sigma, size[axis]) @ matrix  # (B, n_out, n_in)
+            matrix = blur_matrix(sigma, size[axis]) @ matrix  # (B, V, n_out, n_in)
         matrices.append(matrix)
-    x = apply_matrices(x, *matrices)  # (B, C, H', W', S')
+    x = apply_matrices(x, *matrices)  # (B, V, C, H', W', S')
 
     if not is_local:  # RandShiftIntensity, clipped to the range of the data
         shift = torch.where(u.shift < PROBABILITY, between(SHIFT, u.shift_by), 0)
-        x = (x + shift[:, None, None, None, None]).clamp(0, 1)
+        x = (x + shift[..., None, None, None, None]).clamp(0, 1)
     if kind == "global2":  # Contrast adjust
         power = torch.where(u.contrast < PROBABILITY, between(CONTRAST, u.power), 1)
-        x = x ** power[:, None, None, None, None]
+        x = x ** power[..., None, None, None, None]
     return x
 
 
 def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=None):
-    """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> views (B, 3, H', W', S') in [-1, 1].
+    """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> views (B, C, H', W', S') in [-1, 1].
 
     The two global views come first. Sides are s_g or s_l times the sample's, in whole patches.
     local_views: of an image (Fig. 3a). generator: on the CPU. A view depends on its sample and its
@@ -166,17 +170,14 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
     """
     kind_of_sample = sample_kind(x.shape[1:])
     count = local_views if kind_of_sample == "image" else LOCAL_VIEWS_3D
-    kinds = ["global1", "global2"] + ["local"] * count
-    u = torch.rand(len(x), len(kinds), 12, generator=generator).to(x.device)  # (B, V, 12)
+    u = torch.rand(len(x), 2 + count, 12, generator=generator).to(x.device)  # (B, V, 12)
 
     views = []
-    for v, kind in enumerate(kinds):
+    for kind, own_u in (("global1", u[:, :1]), ("global2", u[:, 1:2]), ("local", u[:, 2:])):
         scale = LOCAL_SIZE if kind == "local" else GLOBAL_SIZE
         size = [max(1, int(n * scale / p + 0.5)) * p for n, p in zip(x.shape[2:], patch_size)]
-        if kind_of_sample != "volume":
-            size[2] = x.shape[-1]  # all frames (Algorithm 2)
-        view = normalize(make_view(x, kind, size, u[:, v]))  # Normalize last, then C = 3
-        views.append(expand(view, patch_size[-1]))  # (B, 3, H', W', S')
+        same_kind = views_of_kind(x, kind, size, own_u)  # (B, V, C, H', W', S')
+        views += normalize(same_kind).unbind(1)  # Normalize last (Algorithm 1)
     return views
 
 
@@ -335,9 +336,9 @@ class SimDINO(nn.Module):
         return (views,)
 
     def forward(self, views):
-        """V views, each (B, 3, H', W', S'), the two global ones first -> scalar loss, its parts."""
+        """V views, each (B, C, H', W', S'), the two global ones first -> scalar loss, its parts."""
         B = len(views[0])
-        both = torch.cat(views[:2])  # (2 B, 3, H', W', S')
+        both = torch.cat(views[:2])  # (2 B, C, H', W', S')
         with torch.no_grad():
             teacher = self.teacher(both).unflatten(0, (2, B))  # (2, B, d)
         student = self.student(both).unflatten(0, (2, B))  # (2, B, d)
