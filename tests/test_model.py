@@ -545,6 +545,18 @@ def test_recomputed_activations_give_the_same_gradients(monkeypatch):
     assert torch.equal(*grads) and grads[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("n", [17, 200, 201])
+def test_attention_in_bf16_is_the_equation(n):
+    q, k, v = torch.randn(3, 2, 3, n, 32).unbind()
+    weights = torch.exp(q.double() @ k.double().mT / math.sqrt(32))
+    expected = (weights / weights.sum(dim=-1, keepdim=True)) @ v.double()
+    torch.testing.assert_close(model.attend(q, k, v), expected.float(), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        short = model.attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert short.dtype == torch.bfloat16
+    torch.testing.assert_close(short.float(), expected.float(), rtol=0.05, atol=0.02)
+
+
 def test_attention_does_not_care_for_token_order():
     vit = ViT("vit_t").eval()
     tokens = vit.tokens(torch.rand(1, 1, 64, 64, 1))
