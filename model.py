@@ -459,7 +459,7 @@ def named_weights(state):
 
 
 def adapt_cls_token(weights, encoder):
-    """Give the CLS token the position that a file adds to it, or leave it out if encoder has none."""
+    """Give the CLS token the position that a file adds to it; leave it out if encoder has none."""
     if encoder.cls_token is None:
         weights.pop("cls_token", None)
         return
