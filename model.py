@@ -392,7 +392,7 @@ def read_checkpoint(path):
     UserError or OSError if it is no such file.
     """
     with as_user_error(path), open(path, "rb") as file:
-        # Both read one open file: a training may put another in its place meanwhile.
+        # The hash and the weights are of one open file: a training may replace it meanwhile.
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -433,11 +433,11 @@ LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_to
 # The LayerScale of a branch, and the linear map that it follows.
 LAYER_SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
 
-# MAE, DINO and SimDINO keep their flags and rates beside the weights, as these types. They are data
-# like tensors are: reading them runs no code. NumPy 1 and 2 give one function two names.
+# MAE, DINO and SimDINO keep their flags (a Namespace) and rates (NumPy numbers) beside the weights.
+# Reading these types runs no code of the file. NumPy 1 and 2 have two names for one function.
 NUMPY_SCALAR, _ = np.float64(0).__reduce__()
 FOREIGN_TYPES = [
-    argparse.Namespace, np.dtype, type(np.dtype("float64")), type(np.dtype("int64")),
+    argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
     (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (NUMPY_SCALAR, "numpy._core.multiarray.scalar")]
 
@@ -507,9 +507,9 @@ def inflate_kernel(kernel, patch_size):
 def init_from_2d(encoder, path):
     """Start from a public 2D ViT or from a checkpoint of ours, for `train.py --init`.
 
-    Reads bare weights and training checkpoints of timm, MAE, DINO, DINOv2 and SimDINO. An image
-    then has the 2D network's tokens. CHOICE: heads and positions are left out, but for the position
-    of the CLS token. If the file has no CLS token, it starts at random.
+    Reads bare weights and training checkpoints of timm, MAE, DINO, DINOv2 and SimDINO. With equal
+    positions an image then has the 2D network's tokens. CHOICE: heads are left out, and positions
+    are ours, but for that of the CLS token. If the file has no CLS token, it starts at random.
 
     Returns the ids (n,), int64, of the samples that a network of ours was trained on; None if they
     are not known. UserError if the file holds no such network, one of another shape, or one with
@@ -525,7 +525,7 @@ def init_from_2d(encoder, path):
             first = ", ".join(list(weights)[:5])
             raise UserError(f"{path}: no patch_embed.proj.weight; its first keys are {first}")
 
-        # What is not of the encoder goes; all that is left must be known.
+        # What is not of the encoder goes, and all that is left must be known.
         adapt_cls_token(weights, encoder)
         weights = {name: value for name, value in weights.items() if not name.startswith(LEFT_OUT)}
         known = encoder.state_dict().keys()

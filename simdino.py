@@ -89,7 +89,7 @@ def apply_matrices(x, along_h, along_w, along_s=None):
     """
     x = x.permute(0, 4, 1, 2, 3)[:, None]  # (B, 1, S, C, H, W)
     if along_s is None:
-        x = x.contiguous()  # W is last in memory too
+        x = x.contiguous()  # in a video S was last in memory, now W is
     else:
         x = torch.einsum("bvks,bvschw->bvkchw", along_s, x)  # (B, V, S', C, H, W)
     x = torch.einsum("bvjw,bvkchw->bvjkch", along_w, x)  # (B, V, W', S', C, H)
@@ -119,46 +119,58 @@ def between(bounds, uniform):
     return low + (high - low) * uniform
 
 
+def view_matrices(shape, kind, size, draw):
+    """Crop, resize, flip and blur of views of one kind, as matrices (B, V, n_out, n_in).
+
+    They are for H, W and, of a volume, S. shape: (C, H, W, S) of a sample. kind, size: as in
+    `views_of_kind`. draw: Uniforms.
+    """
+    # RandCrop: the sides of the crop as shares of H, W and S. CHOICE: the share of S is the
+    # geometric mean of the others.
+    area = between(LOCAL_AREA if kind == "local" else GLOBAL_AREA, draw.area)  # (B, V)
+    log_ratios = [math.log(ratio) for ratio in ASPECT]
+    aspect = torch.exp(between(log_ratios, draw.aspect))  # (B, V)
+    sides = [(area * aspect).sqrt(), (area / aspect).sqrt(), area.sqrt()]
+
+    # Where the crop lies, and which axis RandFlip mirrors. CHOICE: W, left and right.
+    places = [draw.top, draw.left]
+    if sample_kind(shape) == "volume":
+        places.append(draw.first)  # Algorithm 3 crops S, Algorithms 1 and 2 do not
+    flips = [None, None, None]
+    if kind != "local":
+        flips[1] = draw.flip < PROBABILITY
+
+    matrices = []
+    for axis, place in enumerate(places):
+        n_in = shape[1 + axis]
+        length = sides[axis].clamp(max=1) * n_in  # CHOICE: cut to the sample where it sticks out
+        start = place * (n_in - length)
+        matrix = resample_matrix(start, length, n_in, size[axis], flips[axis])  # Resize
+        if kind == "global1":  # GaussianBlur
+            # Blur and shift commute, since rows sum to one: only the clipping comes after both.
+            sigma = torch.where(draw.blur < PROBABILITY, between(BLUR, draw.sigma), 0)
+            matrix = blur_matrix(sigma, size[axis]) @ matrix  # (B, V, n_out, n_in)
+        matrices.append(matrix)
+    return matrices
+
+
 def views_of_kind(x, kind, size, u):
     """V views of one kind: samples x (B, C, H, W, S), u (B, V, 12) -> (B, V, C, H', W', S').
 
-    kind: "global1", "global2" or "local". size: (H', W', S'). u: uniform numbers in [0, 1).
+    kind: "global1", "global2" or "local". size: (H', W', S'), of which S' counts for volumes alone.
+    u: uniform numbers in [0, 1), in the order of `Uniforms`.
     """
-    u = Uniforms(*u.unbind(dim=-1))
-    is_local = kind == "local"
+    draw = Uniforms(*u.unbind(dim=-1))
+    matrices = view_matrices(x.shape[1:], kind, size, draw)
+    views = apply_matrices(x, *matrices)  # (B, V, C, H', W', S')
 
-    # RandCrop: its share of the plane, its aspect, its sides as shares of H, W and S.
-    area = between(LOCAL_AREA if is_local else GLOBAL_AREA, u.area)  # (B, V)
-    log_aspect = between([math.log(ratio) for ratio in ASPECT], u.aspect)
-    aspect = torch.exp(log_aspect)
-    # CHOICE: the share of S is the geometric mean of those of H and W.
-    sides = [(area * aspect).sqrt(), (area / aspect).sqrt(), area.sqrt()]
-    mirror = u.flip < PROBABILITY  # RandFlip. CHOICE: left-right
-    sigma = torch.where(u.blur < PROBABILITY, between(BLUR, u.sigma), 0)  # GaussianBlur
-
-    places = [u.top, u.left]
-    if sample_kind(x.shape[1:]) == "volume":
-        places.append(u.first)  # only Algorithm 3, of volumes, crops S
-    matrices = []
-    for axis, place in enumerate(places):
-        n_in = x.shape[2 + axis]
-        length = sides[axis].clamp(max=1) * n_in  # CHOICE: cut to the sample where it sticks out
-        start = place * (n_in - length)
-        flip = mirror if axis == 1 and not is_local else None
-        matrix = resample_matrix(start, length, n_in, size[axis], flip)  # Resize
-        if kind == "global1":
-            # Blur and shift commute, since rows sum to one: only the clipping comes after both.
-            matrix = blur_matrix(sigma, size[axis]) @ matrix  # (B, V, n_out, n_in)
-        matrices.append(matrix)
-    x = apply_matrices(x, *matrices)  # (B, V, C, H', W', S')
-
-    if not is_local:  # RandShiftIntensity, clipped to the range of the data
-        shift = torch.where(u.shift < PROBABILITY, between(SHIFT, u.shift_by), 0)
-        x = (x + shift[..., None, None, None, None]).clamp(0, 1)
+    if kind != "local":  # RandShiftIntensity, clipped to the range of the data
+        shift = torch.where(draw.shift < PROBABILITY, between(SHIFT, draw.shift_by), 0)
+        views = (views + shift[..., None, None, None, None]).clamp(0, 1)
     if kind == "global2":  # Contrast adjust
-        power = torch.where(u.contrast < PROBABILITY, between(CONTRAST, u.power), 1)
-        x = x ** power[..., None, None, None, None]
-    return x
+        power = torch.where(draw.contrast < PROBABILITY, between(CONTRAST, draw.power), 1)
+        views = views ** power[..., None, None, None, None]
+    return views
 
 
 def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=None):
@@ -168,15 +180,16 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
     local_views: of an image (Fig. 3a). generator: on the CPU. A view depends on its sample and its
     row of random numbers alone, not on the rest of the batch or, but for rounding, on the device.
     """
-    kind_of_sample = sample_kind(x.shape[1:])
-    count = local_views if kind_of_sample == "image" else LOCAL_VIEWS_3D
+    is_image = sample_kind(x.shape[1:]) == "image"
+    count = local_views if is_image else LOCAL_VIEWS_3D
     u = torch.rand(len(x), 2 + count, 12, generator=generator).to(x.device)  # (B, V, 12)
+    draws = {"global1": u[:, :1], "global2": u[:, 1:2], "local": u[:, 2:]}
 
     views = []
-    for kind, own_u in (("global1", u[:, :1]), ("global2", u[:, 1:2]), ("local", u[:, 2:])):
+    for kind, own_draws in draws.items():
         scale = LOCAL_SIZE if kind == "local" else GLOBAL_SIZE
         size = [max(1, int(n * scale / p + 0.5)) * p for n, p in zip(x.shape[2:], patch_size)]
-        same_kind = views_of_kind(x, kind, size, own_u)  # (B, V, C, H', W', S')
+        same_kind = views_of_kind(x, kind, size, own_draws)  # (B, V, C, H', W', S')
         views += normalize(same_kind).unbind(1)  # Normalize last (Algorithm 1)
     return views
 

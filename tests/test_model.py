@@ -218,7 +218,8 @@ def test_init_keeps_a_cls_token_that_has_no_position(tmp_path):
     assert torch.equal(vit.cls_token, state["cls_token"])
 
 
-def test_init_reads_training_checkpoints_with_their_flags_and_rates(tmp_path):
+@pytest.mark.parametrize("numpy_module", [b"numpy._core", b"numpy.core"])  # of NumPy 2 and 1
+def test_init_reads_training_checkpoints_with_their_flags_and_rates(tmp_path, numpy_module):
     """MAE, DINO and SimDINO save argparse's flags, DINO and SimDINO rates that are NumPy numbers."""
     plain = Plain2DViT().timm_state()
     group = {"lr": np.float64(1e-3), "weight_decay": np.linspace(0.04, 0.4, 3)[1], "step": np.int64(7)}
@@ -227,7 +228,11 @@ def test_init_reads_training_checkpoints_with_their_flags_and_rates(tmp_path):
             "args": Namespace(arch="vit_tiny", lr=5e-4, local_crops_scale=(0.05, 0.4)),
             "dino_loss": {"center": torch.zeros(1, 8)}}
     file["teacher"] |= {"head.mlp.0.weight": torch.zeros(2, 2), "head.last_layer.weight_g": torch.ones(2, 1)}
-    torch.save(file, tmp_path / "dino.pth")
+    torch.save(file, tmp_path / "dino.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "dino.pth").read_bytes()
+    assert b"numpy._core.multiarray" in data
+    data = data.replace(b"numpy._core.multiarray", numpy_module + b".multiarray")
+    (tmp_path / "dino.pth").write_bytes(data)
     vit = ViT("vit_t", cls_token=True)
     init_from_2d(vit, tmp_path / "dino.pth")
     assert torch.equal(vit.blocks[3].mlp.fc1.weight, plain["blocks.3.mlp.fc1.weight"])
