@@ -1,18 +1,25 @@
-"""The 4D vision transformer of M3Ret (paper Sec. 3.1): one encoder for 2D images, videos and volumes.
+"""The 4D vision transformer of M3Ret (paper Sec. 3.1): one encoder for images, videos and volumes.
 
-In:  x (B, C, H, W, S), C in {1, 3}, intensities in [-1, 1]. Out: tokens (B, [1+]N, D), and embeddings by
-`pool`. Nothing below asks for the modality: an image has S = 1, a video's S is time, a volume's S is depth.
+In:  x (B, C, H, W, S), C in {1, 3}, intensities in [-1, 1]. S is 1 in an image, time in a video and
+     depth in a volume. The network does not ask which it is; only the functions that choose frames
+     and crops do, by `sample_kind`.
+Out: tokens (B, [1+]N, D), where [1+] stands for a CLS token, and embeddings by `pool`.
 
-Letters, here and in every other file: B batch, C channels, H W S height, width, slices or frames of a sample;
-ph pw ps the same of a patch, P = ph*pw*ps*3 values; h w s patch grid, N = h*w*s tokens; D token width,
-d projected width; V views; K neighbours; m samples in a coding rate.
+Letters, here and in every other file: B batch, C channels, H W S height, width, slices or frames of
+a sample; ph pw ps the same of a patch, P = ph*pw*ps*3 values; h w s patch grid, N = h*w*s tokens;
+D token width, d projected width; V views; K neighbours; m samples in a coding rate.
 """
+import argparse
 import contextlib
 import hashlib
+import json
 import math
 from collections import OrderedDict
+from pathlib import Path
 from pickle import UnpicklingError
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -20,28 +27,60 @@ from torch.utils.checkpoint import checkpoint
 
 from prepare import MODALITIES, UserError, atomic_write, read_any
 
-ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  # width, depth, heads (4.4)
-         "vit_xs": (96, 3, 3)}  # CHOICE: not the paper's; for the demo and small data on a CPU
-PATCH_SIZE, FRAMES = (16, 16, 4), 16  # Sec. 3.1; a patch has 3 channels besides, a video so many frames
-REFERENCE_GRID = 16  # cells per axis that positions are measured in: 256 / 16 in plane and 64 / 4 over slices
-RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) recompute their activations
-LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of --init's networks
+
+class Arch(NamedTuple):
+    dim: int  # D
+    depth: int  # blocks
+    heads: int
 
 
-# ---- samples ----------------------------------------------------------------------------------------------
+ARCHS = {  # Sec. 4.4
+    "vit_t": Arch(dim=192, depth=12, heads=3),
+    "vit_s": Arch(dim=384, depth=12, heads=6),
+    "vit_b": Arch(dim=768, depth=12, heads=12),
+    # CHOICE: the smallest is not the paper's. It is for the demo and for small data on a CPU.
+    "vit_xs": Arch(dim=96, depth=3, heads=3),
+}
+PATCH_SIZE = (16, 16, 4)  # (ph, pw, ps) of Sec. 3.1, which counts 3 channels besides
+FRAMES = 16  # of a video at a time (Sec. 3.1)
+
+# Positions are measured in cells of this grid, on every axis: 256 / 16 in plane, 64 / 4 in depth.
+REFERENCE_GRID = 16
+
+# Longer sequences (8-pixel patches on volumes) recompute their activations instead of keeping them.
+RECOMPUTE_ABOVE = 4096  # tokens
+
+WRITTEN_OUT_UP_TO = 200  # tokens; see `attend`
+
+# What torch.load, ViT and load_state_dict can raise if a file is damaged or holds something else.
+DAMAGED = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
+           UnpicklingError)
+
+
+# ---- samples -------------------------------------------------------------------------------------
 def unit(x):
     """Cached samples, uint8 or float16 (..., any shape) -> float32 in [0, 1]."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    return x.float()
 
 
 def stack(samples):
-    """Cached samples (C, H, W, S) of one shape -> (B, C, H, W, S); of two depths, all become float32."""
-    mixed = len({sample.dtype for sample in samples}) > 1
-    return torch.stack([unit(sample) if mixed else sample for sample in samples])  # (B, C, H, W, S)
+    """Cached samples (C, H, W, S) of one shape -> (B, C, H, W, S), of their type if they share it.
+
+    uint8 among float16 would change its values, so then all become float32 in [0, 1].
+    """
+    dtypes = {sample.dtype for sample in samples}
+    if len(dtypes) > 1:
+        samples = [unit(sample) for sample in samples]
+    return torch.stack(samples)  # (B, C, H, W, S)
 
 
 def normalize(x):
-    """[0, 1] -> [-1, 1]. CHOICE: one constant for all modalities, so unseen ones (MRI) need no statistics."""
+    """[0, 1] -> [-1, 1].
+
+    CHOICE: one constant for all modalities, so that an unseen one (MRI) needs no statistics.
+    """
     return (x - 0.5) / 0.5
 
 
@@ -53,72 +92,113 @@ def denormalize(x):
 def sample_kind(shape):
     """Shape (C, H, W, S) of a sample -> "image", "video" or "volume".
 
-    The cache keeps videos in colour (C = 3) and volumes in grey (C = 1): this is the one place that relies on it.
+    The cache keeps videos in colour (C = 3), volumes in grey (C = 1). No other line relies on it.
     """
     channels, _, _, depth = shape
     if depth == 1:
         return "image"
-    return "video" if channels == 3 else "volume"
+    if channels == 3:
+        return "video"
+    return "volume"
 
 
 def subsample_frames(x, n):
     """n of the S slices or frames of x (..., S), evenly spaced -> (..., n)."""
-    return x[..., torch.linspace(0, x.shape[-1] - 1, n).round().long()]
+    frames = torch.linspace(0, x.shape[-1] - 1, n).round().long()  # (n,), first and last too
+    return x[..., frames]  # (..., n)
 
 
 def take_frames_evenly(x, n=FRAMES):
-    """Videos (B, 3, H, W, S > n) -> n evenly spaced frames (B, 3, H, W, n); every other sample as it is."""
+    """Videos (B, 3, H, W, S > n) -> n evenly spaced frames (B, 3, H, W, n); others as they are.
+
+    CHOICE: for embedding, so that a video always has the same vector. Sec. 3.1 draws at random.
+    """
     if sample_kind(x.shape[1:]) != "video" or x.shape[-1] <= n:
         return x
     return subsample_frames(x, n)  # (B, 3, H, W, n)
 
 
 def take_frames_at_random(x, generator, n=FRAMES):
-    """Videos (B, 3, H, W, S > n) -> n random frames in order (B, 3, H, W, n); every other sample as it is."""
-    if sample_kind(x.shape[1:]) != "video" or x.shape[-1] <= n:
+    """Videos (B, 3, H, W, S > n) -> n random frames (B, 3, H, W, n); others as they are.
+
+    Each video draws its own, with replacement as in Algorithm 2. CHOICE: they are sorted in time.
+    """
+    B, _, _, _, S = x.shape
+    if sample_kind(x.shape[1:]) != "video" or S <= n:
         return x
-    frames = torch.randint(x.shape[-1], (len(x), n), generator=generator)  # (B, n), with replacement (Algorithm 2)
-    frames = frames.sort(dim=1).values.to(x.device)[:, None, None, None]  # (B, 1, 1, 1, n). CHOICE: sorted
+    frames = torch.randint(S, (B, n), generator=generator).sort(dim=1).values  # (B, n)
+    frames = frames.to(x.device)[:, None, None, None]  # (B, 1, 1, 1, n)
     return x.gather(-1, frames.expand(*x.shape[:-1], n))  # (B, 3, H, W, n)
 
 
 def expand(x, ps=PATCH_SIZE[-1]):
-    """(B, C, H, W, S) -> a view (B, 3, H, W, S): grey in 3 channels, an image as S = ps slices (Sec. 3.1)."""
-    return x.expand(-1, 3, -1, -1, ps if x.shape[-1] == 1 else -1)
+    """(B, C, H, W, S) -> (B, 3, H, W, S): grey in 3 channels, an image in ps slices (Sec. 3.1).
+
+    The values are not copied, it is a view.
+    """
+    if x.shape[-1] == 1:
+        return x.expand(-1, 3, -1, -1, ps)
+    return x.expand(-1, 3, -1, -1, -1)
 
 
-# ---- tokens -----------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 def patchify(x, patch=PATCH_SIZE):
-    """(B, 3, H, W, S) -> (B, N, P): N in (h, w, s) order, a patch in (ph, pw, ps, c) order (Sec. 3.1)."""
-    ph, pw, ps = patch[-3:]  # the paper writes (3, ph, pw, ps)
-    assert not any(n % p for n, p in zip(x.shape[2:], (ph, pw, ps))), f"{tuple(x.shape)} in patches {patch}"
-    x = x.unflatten(4, (-1, ps)).unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # (B, C, h, ph, w, pw, s, ps)
+    """(B, C, H, W, S) -> patches (B, N, ph*pw*ps*C), or (B, N, P) where C = 3 (Sec. 3.1).
+
+    Patches follow each other in (h, w, s) order, the values of each in (ph, pw, ps, c) order.
+    patch: (ph, pw, ps); the channels may stand in front, as the paper writes it: (3, ph, pw, ps).
+    """
+    ph, pw, ps = patch[-3:]
+    H, W, S = x.shape[2:]
+    assert H % ph == W % pw == S % ps == 0, f"{tuple(x.shape)} is not whole in patches of {patch}"
+
+    # Every axis is split into the number of a patch and a place within it; the numbers go in front.
+    x = x.unflatten(4, (-1, ps))  # (B, C, H, W, s, ps)
+    x = x.unflatten(3, (-1, pw))  # (B, C, H, w, pw, s, ps)
+    x = x.unflatten(2, (-1, ph))  # (B, C, h, ph, w, pw, s, ps)
     x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, h, w, s, ph, pw, ps, C)
-    return x.flatten(4).flatten(1, 3)  # (B, N, P)
+    return x.flatten(4).flatten(1, 3)  # (B, N, ph*pw*ps*C)
 
 
 def unpatchify(patches, patch, grid):
-    """(B, N, P) -> (B, 3, H, W, S), the inverse of `patchify`; grid = (h, w, s)."""
-    x = patches.unflatten(2, (*patch[-3:], -1)).unflatten(1, grid)  # (B, h, w, s, ph, pw, ps, C)
+    """(B, N, ph*pw*ps*C) -> (B, C, H, W, S), the inverse of `patchify`; grid = (h, w, s)."""
+    ph, pw, ps = patch[-3:]
+    x = patches.unflatten(2, (ph, pw, ps, -1)).unflatten(1, grid)  # (B, h, w, s, ph, pw, ps, C)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, h, ph, w, pw, s, ps)
     return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, C, H, W, S)
 
 
 def sincos_positions(grid, dim, device=None):
-    """Fixed sin-cos positions of a grid (h, w, s) -> (N, dim) float32: a third of dim per axis, then zeros.
+    """Fixed sin-cos positions of a grid (h, w, s) -> (N, dim) float32.
 
-    CHOICE: cell i of n lies at (i + 1/2) * 16 / n, whatever the crop, size or depth: nothing is stored,
-    positions are relative to the view (DINO resizes its table to the crop), an image is at mid-depth.
+    Each axis has a third of dim, the rest is zero. CHOICE: cell i of n lies at (i + 1/2) * 16 / n
+    on its axis. So no table is stored, and any crop, size or depth will do. Positions are relative
+    to the view, as in DINO, which resizes its table to the crop. An image lies at 8, at mid-depth.
     """
     k = dim // 6  # frequencies per axis, each with a sine and a cosine
-    omega = 10000 ** (-torch.arange(k, dtype=torch.float32, device=device) / k)  # (k,), Vaswani et al. 3.5
-    axes = [(torch.arange(n, device=device) + 0.5) * (REFERENCE_GRID / n) for n in grid]  # (h,), (w,), (s,)
+    numbers = torch.arange(k, dtype=torch.float32, device=device)  # (k,)
+    omega = 10000 ** (-numbers / k)  # (k,), Vaswani et al. 3.5
+
+    axes = []  # (h,), (w,) and (s,) coordinates
+    for n in grid:
+        cells = torch.arange(n, device=device)  # (n,)
+        axes.append((cells + 0.5) * (REFERENCE_GRID / n))
     angle = torch.cartesian_prod(*axes)[:, :, None] * omega  # (N, 3, k)
     waves = torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1)  # (N, 6k)
     return nn.functional.pad(waves, (0, dim - 6 * k))  # (N, dim)
 
 
-# ---- transformer ------------------------------------------------------------------------------------------
+# ---- transformer ---------------------------------------------------------------------------------
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(n)) v (Vaswani et al. eq. 1), of q, k, v (B, heads, N, n) each."""
+    # In bf16 on a CPU, blocks take 0.4 to 0.8 of the time if short sequences are written out.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= WRITTEN_OUT_UP_TO:
+        scale = 1 / math.sqrt(q.shape[3])
+        weights = (scale * q @ k.mT).softmax(dim=-1)  # (B, heads, N, N)
+        return weights.to(v.dtype) @ v
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (B, N, D) -> (B, N, D)."""
 
@@ -131,20 +211,25 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        x = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
+        x = attend(q, k, v)  # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class Block(nn.Module):
-    """Pre-norm block (B, N, D) -> (B, N, D); scale (2, B, 1, 1) weighs its branches (stochastic depth)."""
+    """Pre-norm block (B, N, D) -> (B, N, D).
+
+    scale: factors of the two branches, numbers or (2, B, 1, 1), for the stochastic depth below.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(),
-                                             fc2=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim),
+            act=nn.GELU(),
+            fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x, scale=(1.0, 1.0)):
         x = x + scale[0] * self.attn(self.norm1(x))
@@ -152,58 +237,104 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks, tokens, drop_path=0.0):
-    """Tokens (B, N, D) through blocks -> (B, N, D); long sequences keep no activations and recompute them."""
-    scales = [(1.0, 1.0)] * len(blocks)
-    if drop_path > 0:  # stochastic depth: a scale of zero skips a branch, the more often the deeper (as DINO)
-        rates = torch.linspace(0, drop_path, len(blocks), device=tokens.device)[:, None, None, None, None]
-        draws = torch.rand(len(blocks), 2, len(tokens), 1, 1, device=tokens.device)
-        scales = (draws >= rates) / (1 - rates)  # (depth, 2, B, 1, 1), 1 on average
+    """Tokens (B, N, D) through blocks -> (B, N, D). drop_path: rate of the last, of the first 0."""
+    depth = len(blocks)
+    scales = [(1.0, 1.0)] * depth
+    if drop_path > 0:
+        # Stochastic depth skips a branch of a sample at random, more often in deeper blocks (DINO).
+        # Where it is kept it counts 1 / (1 - rate), so that it counts 1 on average.
+        device = tokens.device
+        rates = torch.linspace(0, drop_path, depth, device=device)  # (depth,)
+        rates = rates.view(depth, 1, 1, 1, 1)
+        draws = torch.rand(depth, 2, tokens.shape[0], 1, 1, device=device)  # (depth, 2, B, 1, 1)
+        keep = draws >= rates
+        scales = keep / (1 - rates)  # (depth, 2, B, 1, 1)
+
+    # Of a long sequence only the tokens between blocks are kept for the backward pass.
     recompute = torch.is_grad_enabled() and tokens.shape[1] > RECOMPUTE_ABOVE
     for block, scale in zip(blocks, scales):
-        tokens = checkpoint(block, tokens, scale, use_reentrant=False) if recompute else block(tokens, scale)
+        if recompute:
+            tokens = checkpoint(block, tokens, scale, use_reentrant=False)  # (B, N, D)
+        else:
+            tokens = block(tokens, scale)  # (B, N, D)
     return tokens
 
 
 def init_weights(module):
-    """Xavier uniform and zero bias for all linear maps of both methods, the patch kernel too (MAE's code)."""
-    # CHOICE: SimDINO's code has std 0.02, Xavier's at ViT-B's width; a narrower network learned less with it.
+    """Xavier uniform weights and zero biases for the linear maps of both methods, as in MAE's code.
+
+    CHOICE: the patch kernel's bias is zero too; MAE's code leaves it at the default of Conv2d.
+    CHOICE: for SimDINO too. Its code draws with std 0.02, where Xavier's is 0.023 to 0.036 in ViT-B
+    and larger in narrower networks, which learned less with 0.02.
+    """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 class ViT(nn.Module):
-    """The encoder (Sec. 3.1): (B, C, H, W, S) in [-1, 1] -> tokens (B, [1+]N, D); names as timm and DINO."""
+    """The encoder (Sec. 3.1): (B, C, H, W, S) in [-1, 1] -> tokens (B, [1+]N, D).
+
+    Parameters are named as in timm, DINO and MAE. ViT(**config) makes the same network again.
+    """
 
     def __init__(self, arch="vit_b", patch_size=PATCH_SIZE, cls_token=False, drop_path=0.0):
         super().__init__()
         self.config = {"arch": arch, "patch_size": list(patch_size), "cls_token": cls_token}
-        self.patch_size, self.drop_path = tuple(patch_size), drop_path
+        self.patch_size = tuple(patch_size)
+        self.drop_path = drop_path
         self.dim, depth, heads = ARCHS[arch]
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(3 * math.prod(patch_size), self.dim)))
+
+        # The patches' linear map sits in a module of its own, to be named patch_embed.proj.
+        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(3 * math.prod(patch_size), self.dim)})
         self.blocks = nn.ModuleList(Block(self.dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.apply(init_weights)
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, self.dim)) if cls_token else None
+        self.cls_token = None
+        if cls_token:
+            self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, self.dim))
 
     def grid(self, size):
-        """Patch grid (h, w, s) of samples of a size (H, W, S); an image, S = 1, counts as one patch deep."""
-        if any(n % p for n, p in zip(size, self.patch_size) if n > 1):
-            raise UserError(f"samples of {'x'.join(map(str, size))} are no whole patches: choose another "
-                            "--patch-size, or prepare them with another --size, --slices or --frames")
-        return tuple(max(1, n // p) for n, p in zip(size, self.patch_size))
+        """Patch grid (h, w, s) of a size (H, W, S); an image, S = 1, counts as one patch deep.
+
+        UserError if the patches do not fill the size.
+        """
+        grid = []
+        for n, p in zip(size, self.patch_size):
+            if n > 1 and n % p:
+                raise UserError(
+                    f"samples of {'x'.join(map(str, size))} are no whole patches: choose another "
+                    "--patch-size, or prepare them with another --size, --slices or --frames")
+            grid.append(max(1, n // p))
+        return tuple(grid)
 
     def tokens(self, x):
-        """(B, C, H, W, S) -> (B, N, D): patches, projected, with their positions."""
+        """(B, C, H, W, S) -> (B, N, D): patches, projected, with their positions.
+
+        Grey stands for 3 equal channels and an image for ps equal slices (`expand`). The weights
+        that meet equal values are summed first: the tokens are the same, but those of a grey image
+        take a twelfth of the products.
+        """
         positions = sincos_positions(self.grid(x.shape[2:]), self.dim, x.device)  # (N, D)
-        patches = patchify(expand(x, self.patch_size[-1]), self.patch_size)  # (B, N, P)
-        return self.patch_embed(patches) + positions  # (B, N, D), as by a Conv3d of kernel = stride
+        ph, pw, ps = self.patch_size
+        weight = self.patch_embed.proj.weight.unflatten(1, (ph, pw, ps, 3))  # (D, ph, pw, ps, 3)
+        if x.shape[1] == 1:
+            weight = weight.sum(dim=4, keepdim=True)  # (D, ph, pw, ps, 1)
+        if x.shape[4] == 1:
+            weight = weight.sum(dim=3, keepdim=True)  # (D, ph, pw, 1, C)
+
+        patches = patchify(x, weight.shape[1:4])  # (B, N, ph*pw*ps*C)
+        bias = self.patch_embed.proj.bias  # (D,)
+        tokens = nn.functional.linear(patches, weight.flatten(1), bias)  # (B, N, D)
+        return tokens + positions
 
     def encode(self, tokens):
         """(B, N, D), all tokens or any subset of them -> (B, [1+]N, D)."""
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+N, D)
-        tokens = run_blocks(self.blocks, tokens, self.drop_path if self.training else 0.0)
+            cls = self.cls_token.expand(tokens.shape[0], -1, -1)  # (B, 1, D)
+            tokens = torch.cat([cls, tokens], dim=1)  # (B, 1+N, D)
+        drop_path = self.drop_path if self.training else 0.0
+        tokens = run_blocks(self.blocks, tokens, drop_path)
         return self.norm(tokens)  # (B, [1+]N, D)
 
     def forward(self, x):
@@ -211,95 +342,253 @@ class ViT(nn.Module):
 
 
 def pool(tokens, how, cls_token=True):
-    """Tokens (B, [1+]N, D) -> float32 embeddings (B, D), mix = [CLS, avg] (B, 2D) (Sec. 3.2, 3.3, Fig. 3)."""
-    if how not in ("avg", "cls", "mix") or how != "avg" and not cls_token:
-        raise UserError(f"pooling {how!r}: choose avg, cls or mix; an encoder of MAE has no CLS token: avg")
-    cls, avg = tokens[:, 0].float(), tokens[:, int(cls_token):].float().mean(dim=1)  # (B, D) each
-    return {"avg": avg, "cls": cls, "mix": torch.cat([cls, avg], dim=1)}[how]
+    """Tokens (B, [1+]N, D) -> embeddings in float32 (Sec. 3.2, 3.3, Fig. 3).
+
+    how: "cls", the CLS token (B, D); "avg", the mean of all others (B, D); "mix", both (B, 2D).
+    cls_token: whether the first token is one. UserError: another word, or no CLS token to take.
+    """
+    if how not in ("avg", "cls", "mix"):
+        raise UserError(f"pooling {how!r}: choose avg, cls or mix")
+    if how != "avg" and not cls_token:
+        raise UserError(f"pooling {how!r}: an encoder of MAE has no CLS token, choose avg")
+
+    if how == "cls":
+        return tokens[:, 0].float()  # (B, D)
+    patches = tokens[:, 1:] if cls_token else tokens  # (B, N, D)
+    avg = patches.float().mean(dim=1)  # (B, D)
+    if how == "avg":
+        return avg
+    return torch.cat([tokens[:, 0].float(), avg], dim=1)  # (B, 2D)
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 @contextlib.contextmanager
-def as_user_error(path, problem="is damaged or not of this program: give a checkpoint.pt of train.py"):
-    """Inside, what a damaged or foreign file or a full disk can raise becomes one UserError that names it."""
+def as_user_error(
+        path, problem="is damaged or not of this program: give a checkpoint.pt of train.py"):
+    """Inside, what a damaged file or a full disk can raise becomes a UserError that names path."""
     try:
         yield
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, UnpicklingError) as e:
-        reason = " ".join(str(e).split()).split(". ")[0][:160]
-        raise UserError(f"{path} {problem} ({type(e).__name__}: {reason})") from None
+    except DAMAGED as error:
+        one_line = " ".join(str(error).split())
+        first_sentence = one_line.split(". ")[0]
+        reason = f"{type(error).__name__}: {first_sentence[:160]}"
+        raise UserError(f"{path} {problem} ({reason})") from None
 
 
 def save_checkpoint(path, encoder, **state):
-    """Write {config, encoder, **state} atomically: tensors and plain types only, for weights_only loading."""
+    """Write {config, encoder, **state} atomically.
+
+    state: tensors and plain types, so that it loads with weights_only. UserError if the file cannot
+    be written; an older one is then as it was.
+    """
+    state = {"config": encoder.config, "encoder": encoder.state_dict(), **state}
     with as_user_error(path, "cannot be written; is the disk full?"), atomic_write(path) as file:
-        torch.save({"config": encoder.config, "encoder": encoder.state_dict(), **state}, file)
+        torch.save(state, file)
 
 
 def read_checkpoint(path):
-    """File -> dict of tensors and plain values on the CPU, and "sha256" of its bytes. UserError if it is no such file."""
-    with as_user_error(path), open(path, "rb") as file:  # one open file: a training may replace it meanwhile
+    """File -> dict of tensors and plain values on the CPU, and "sha256" of the file's bytes.
+
+    UserError or OSError if it is no such file.
+    """
+    with as_user_error(path), open(path, "rb") as file:
+        # The hash and the weights are of one open file: a training may replace it meanwhile.
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        return dict(torch.load(file, map_location="cpu", weights_only=True)) | {"sha256": sha256}
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {**state, "sha256": sha256}
 
 
 def load_encoder(path, device="cpu", state=None):
-    """Checkpoint file -> the ViT that embeds, in eval mode; the file says its architecture."""
-    state = state or read_checkpoint(path)
+    """Checkpoint file -> the ViT that embeds, in eval mode; the file says its architecture.
+
+    state: what `read_checkpoint` gave, if it was read already; path then only names it in errors.
+    """
+    if state is None:
+        state = read_checkpoint(path)
     with as_user_error(path):
         encoder = ViT(**state["config"])
         encoder.load_state_dict(state["encoder"])
     return encoder.to(device).eval()
 
 
-def init_from_2d(encoder, path):
-    """Start from a public 2D ViT (timm, DINO, MAE) or from a checkpoint of ours, for `train.py --init`.
+def weights_sha256(encoder):
+    """Hex digest of an encoder's config and weights, whatever file they came from."""
+    digest = hashlib.sha256(json.dumps(encoder.config, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy())  # their bytes
+    return digest.hexdigest()
 
-    The patch kernel is inflated over S and divided by ps: a replicated image gives the 2D network's tokens.
-    CHOICE: positions, but for the CLS token's, and heads are left out; a missing CLS token starts at random.
+
+# ---- weights of other programs -------------------------------------------------------------------
+# DDP, torch.compile and the classes of the methods put these before the names of weights.
+PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.", "base_encoder.")
+
+# Left out are positions, and all that is not the encoder.
+LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token", "dino_head",
+            "ibot_head", "momentum_encoder", "predictor")
+
+# The LayerScale of a branch, and the linear map that it follows.
+LAYER_SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
+
+# MAE, DINO and SimDINO keep their flags (a Namespace) and rates (NumPy numbers) beside the weights.
+# Reading these types runs no code of the file. NumPy 1 and 2 have two names for one function.
+NUMPY_SCALAR, _ = np.float64(0).__reduce__()
+FOREIGN_TYPES = [
+    argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar")]
+
+
+def named_weights(state):
+    """What a file holds -> {name: tensor} of the network in it, with the names of `ViT`."""
+    # Training checkpoints hold the network under one of these, some of them twice.
+    for key in ("encoder", "teacher", "model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+
+    weights = {}
+    for key, value in state.items():
+        while key.startswith(PREFIXES):
+            _, key = key.split(".", 1)
+        name = key.replace("fc_norm.", "norm.")  # timm's, in networks that embed by averages
+        weights[name] = value
+    return weights
+
+
+def adapt_cls_token(weights, encoder):
+    """Give the CLS token the position that a file adds to it; leave it out if encoder has none."""
+    if encoder.cls_token is None:
+        weights.pop("cls_token", None)
+        return
+    cls_token = weights.get("cls_token", encoder.cls_token)  # (1, 1, D)
+
+    # timm, MAE and DINO add the first position to it in every forward pass. But if the number of
+    # positions is a square, they are all of patches (timm's no_embed_class).
+    positions = weights.get("pos_embed")  # (1, [1+]N, D)
+    if "cls_token" in weights and positions is not None:
+        n = positions.shape[1]
+        if math.isqrt(n) ** 2 != n:
+            cls_token = cls_token + positions[:, :1]
+    weights["cls_token"] = cls_token
+
+
+def fold_layer_scale(weights):
+    """Multiply DINOv2's LayerScale into the linear maps that it follows.
+
+    gamma * (W x + b) = (gamma W) x + gamma b, where gamma is (D,), W (D, n) and b (D,).
     """
-    state = read_checkpoint(path)
-    del state["sha256"]  # a plain state dict would have it among its weights
+    for scale, layer in LAYER_SCALES.items():
+        for name in [name for name in weights if name.endswith(scale)]:
+            gamma = weights.pop(name)  # (D,)
+            last = name.removesuffix(scale) + layer  # blocks.0.attn.proj, for example
+            weights[f"{last}.weight"] = gamma[:, None] * weights[f"{last}.weight"]  # (D, n)
+            weights[f"{last}.bias"] = gamma * weights[f"{last}.bias"]  # (D,)
+
+
+def inflate_kernel(kernel, patch_size):
+    """Patch kernel (D, 3, height, width) of a 2D ViT -> weights (D, P) for patches (ph, pw, ps)."""
+    ph, pw, ps = patch_size
+    height, width = kernel.shape[2:]
+    if (height, width) != (ph, pw):
+        # CHOICE: a kernel of another size (DINOv2 has 14 pixels) is resized as a picture would be.
+        # The sum of its weights, and so the token of an even patch, stays about as it was.
+        kernel = nn.functional.interpolate(
+            kernel.float(), (ph, pw), mode="bilinear", antialias=True)
+        kernel = kernel * (height * width) / (ph * pw)  # (D, 3, ph, pw)
+
+    # An image is ps equal slices: each has a share of the kernel, so that all give its token.
+    kernel = kernel[..., None].expand(-1, -1, -1, -1, ps) / ps  # (D, 3, ph, pw, ps)
+    return kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P)
+
+
+def init_from_2d(encoder, path):
+    """Start from a public 2D ViT or from a checkpoint of ours, for `train.py --init`.
+
+    Reads bare weights and training checkpoints of timm, MAE, DINO, DINOv2 and SimDINO. With equal
+    positions an image then has the 2D network's tokens. CHOICE: heads are left out, and positions
+    are ours, but for that of the CLS token. If the file has no CLS token, it starts at random.
+
+    Returns the ids (n,), int64, of the samples that a network of ours was trained on; None if they
+    are not known. UserError if the file holds no such network, one of another shape, or one with
+    registers, SwiGLU or RoPE.
+    """
+    with torch.serialization.safe_globals(FOREIGN_TYPES):
+        state = read_checkpoint(path)
+    del state["sha256"]  # bare weights would have it among them
+
     with as_user_error(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
-        for key in ("encoder", "teacher", "model", "state_dict"):  # where the families nest their weights
-            state = state[key] if isinstance(state.get(key), dict) else state
-        state = {key.removeprefix("module.").removeprefix("backbone.").replace("fc_norm.", "norm."): value
-                 for key, value in state.items()}
-        if "cls_token" in state and "pos_embed" in state:  # timm and DINO add one to the other
-            state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]  # (1, 1, D)
-        state = {key: value for key, value in state.items() if not key.startswith(LEFT_OUT)}
-        kernel, ps = state["patch_embed.proj.weight"], encoder.patch_size[-1]
-        if kernel.dim() == 4:  # (D, 3, ph, pw)
-            kernel = kernel[..., None].expand(-1, -1, -1, -1, ps) / ps  # (D, 3, ph, pw, ps)
-            state["patch_embed.proj.weight"] = kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P)
-        state.setdefault("cls_token", encoder.cls_token)
-        if encoder.cls_token is None:
-            del state["cls_token"]
-        encoder.load_state_dict(state)
+        weights = named_weights(state)
+        if "patch_embed.proj.weight" not in weights:
+            first = ", ".join(list(weights)[:5])
+            raise UserError(f"{path}: no patch_embed.proj.weight; its first keys are {first}")
+
+        # What is not of the encoder goes, and all that is left must be known.
+        adapt_cls_token(weights, encoder)
+        weights = {name: value for name, value in weights.items() if not name.startswith(LEFT_OUT)}
+        known = encoder.state_dict().keys()
+        for name in weights:
+            if name not in known and not name.endswith(tuple(LAYER_SCALES)):
+                raise UserError(f"{path} does not fit: a ViT of this --arch has no {name}")
+
+        fold_layer_scale(weights)
+        kernel = weights["patch_embed.proj.weight"]
+        if kernel.dim() == 4:  # (D, 3, height, width); ours is (D, P) already
+            weights["patch_embed.proj.weight"] = inflate_kernel(kernel, encoder.patch_size)
+        encoder.load_state_dict(weights)
+
+    if state.get("ids_known", True):
+        return state.get("ids")
+    return None
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
 def read_picture_flags(parser, out):
-    """Flags of the scripts that draw one file -> args, and the file as a sample (1, C, H, W, S) in [0, 1]."""
+    """Flags of the scripts that draw one file -> args, and the file (1, C, H, W, S) in [0, 1]."""
     flag = parser.add_argument
     flag("file", help="a DICOM, NIfTI, image or video file, or the folder of a DICOM series")
-    flag("--out", default=out, help=f"picture to write (default {out}); slices run from left to right")
+    flag("--out", default=out, help=f"picture (default {out}); slices run from left to right")
     flag("--modality", choices=MODALITIES, help="what the file shows, if it does not say so itself")
-    flag("--size", type=int, choices=range(32, 1025, 32), default=256, metavar="N", help="longer side (256)")
-    flag("--seed", type=int, default=0, help="of what is random: the mask, or crops and intensities")
+    flag("--size", type=int, choices=range(32, 1025, 32), default=256, metavar="N",
+         help="longer side (256)")
+    flag("--seed", type=int, default=0, help="of what is random: the mask, or the views")
     args = parser.parse_args()
-    _, array = read_any(args.file, args.modality, size=args.size)
-    return args, take_frames_evenly(unit(torch.from_numpy(array)[None]))
+    _, array = read_any(args.file, args.modality, size=args.size)  # (C, H, W, S)
+    x = unit(torch.from_numpy(array)[None])  # (1, C, H, W, S)
+    return args, take_frames_evenly(x)
 
 
 def save_montage(path, rows, gap=4):
-    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG: columns as wide as the widest tile."""
+    """Write rows of tiles, each (3, H, W) in [0, 1], as one picture, .png, .jpg or .jpeg.
+
+    A row is as high as its highest tile, and all columns are as wide as the widest of all.
+    UserError for another suffix.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in PICTURE_FORMATS:
+        raise UserError(f"{path}: pictures are written as {', '.join(PICTURE_FORMATS)}")
+
     heights = [gap + max(tile.shape[1] for tile in row) for row in rows]
-    width = gap + max(tile.shape[2] for row in rows for tile in row)
-    sheet = torch.full((3, sum(heights), max(map(len, rows)) * width), 0.25)
-    for i, row in enumerate(rows):
+    widths = [max(tile.shape[2] for tile in row) for row in rows]
+    step = gap + max(widths)  # from the left of a tile to the left of the next
+    columns = max(len(row) for row in rows)
+    sheet = torch.full((3, sum(heights), columns * step), 0.25)  # dark grey
+
+    # Tiles are pasted row by row from the top left.
+    top = 0
+    for row, height in zip(rows, heights):
         for j, tile in enumerate(row):
-            sheet[:, sum(heights[:i]):, j * width:][:, :tile.shape[1], :tile.shape[2]] = tile
-    pixels = (sheet[:, :-gap, :-gap].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (height, width, 3)
+            _, h, w = tile.shape
+            left = j * step
+            sheet[:, top:top + h, left:left + w] = tile
+        top += height
+
+    sheet = sheet[:, :-gap, :-gap]  # no gap after the last
+    pixels = (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (height, width, 3)
     with atomic_write(path) as file:
-        Image.fromarray(pixels.numpy()).save(file, format="PNG")
+        Image.fromarray(pixels.numpy()).save(file, format=PICTURE_FORMATS[suffix])

@@ -37,7 +37,8 @@ def test_loss_is_the_naive_loop(shape):
     visible, hidden = model.mask(noise)
     with torch.no_grad():
         loss, _ = model(x, noise)
-        prediction = model.decode(model.encode(x, visible), visible, hidden, model.encoder.grid(shape[2:])).double()
+        grid = model.encoder.grid(shape[2:])
+        prediction = model.decode(model.encode(x, visible), visible, hidden, grid).double()
     total, count = 0.0, 0
     patches = patchify(expand(x)).double()
     for b in range(2):
@@ -55,7 +56,8 @@ def test_perfect_prediction_costs_nothing_and_visible_patches_do_not_count():
     target = gather_tokens(model.patches(x), hidden)
     assert model.loss(target, target) == 0
     assert model.loss(target + 0.1, target).item() == pytest.approx(0.01)
-    shown = torch.zeros(2, 16).scatter(1, visible, 1).view(2, 1, 4, 4).kron(torch.ones(16, 16))[..., None]  # (B, 1, H, W, 1)
+    shown = torch.zeros(2, 16).scatter(1, visible, 1).view(2, 1, 4, 4)
+    shown = shown.kron(torch.ones(16, 16))[..., None]  # (B, 1, H, W, 1)
     assert torch.equal(gather_tokens(model.patches(x + 5 * shown), hidden), target)
 
 
@@ -69,7 +71,7 @@ def test_encoder_never_sees_hidden_pixels():
 
 
 def test_decoder_puts_tokens_back_where_they_were():
-    """Which order visible tokens are fed in must not matter: positions, not list places, say where they are."""
+    """Which order visible tokens are fed in must not matter: positions say where they are."""
     model = tiny()
     x, noise = torch.randn(1, 1, 64, 64, 1), torch.rand(1, 16)
     visible, hidden = model.mask(noise)
@@ -108,7 +110,7 @@ def test_reconstruction_pastes_what_is_visible():
     for image in (masked, filled):
         assert torch.equal(image[0, visible[0]], original[0, visible[0]])
     assert (masked[0, hidden[0]] == 0.5).all() and not torch.equal(filled, masked)
-    prediction = model.decode(model.encode(x, visible), visible, hidden, (4, 4, 2)).detach()  # its error is the loss
+    prediction = model.decode(model.encode(x, visible), visible, hidden, (4, 4, 2)).detach()
     torch.testing.assert_close(filled[0, hidden[0]], (prediction[0] * 0.5 + 0.5).clamp(0, 1))
 
 
@@ -130,14 +132,16 @@ def test_it_learns():
 
 def test_picture_from_the_command_line(tmp_path, monkeypatch, capsys):
     model = tiny()
-    save_checkpoint(tmp_path / "c.pt", model.encoder, ssl="mae", method=model.config, model=model.state_dict())
+    state = {"ssl": "mae", "method": model.config, "model": model.state_dict()}
+    save_checkpoint(tmp_path / "c.pt", model.encoder, **state)
     assert load_mae(tmp_path / "c.pt").config == model.config
     Image.effect_noise((80, 60), 40).save(tmp_path / "x.png")
     run = ["mae.py", tmp_path / "c.pt", tmp_path / "x.png", "--out", tmp_path / "r.png", "--size", "64",
            "--modality", "xray"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in run])
     mae.main()
-    assert Image.open(tmp_path / "r.png").size == (3 * 64 + 2 * 4, 64) and "mean squared error" in capsys.readouterr().out
+    assert Image.open(tmp_path / "r.png").size == (3 * 64 + 2 * 4, 64)
+    assert "mean squared error" in capsys.readouterr().out
     (tmp_path / "c.pt").write_bytes(b"no")
     failed = subprocess.run([sys.executable, ROOT / run[0], *run[1:]], capture_output=True, text=True)
     assert failed.returncode == 1 and "c.pt" in failed.stderr and failed.stderr.count("\n") == 1

@@ -14,15 +14,15 @@ from torch import nn
 import simdino
 from model import ViT
 from prepare import UserError
-from simdino import (SimDINO, apply_matrices, blur_matrix, coding_rate, effective_rank, make_view, make_views,
-                     rate_range, resample_matrix, simdino_loss)
+from simdino import (SimDINO, Uniforms, apply_matrices, blur_matrix, coding_rate, effective_rank, make_views,
+                     rate_range, resample_matrix, simdino_loss, views_of_kind)
 
 
 def unit_vectors(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------ coding rate
+# ---- coding rate ---------------------------------------------------------------------------------------
 def rate_oracle(z, eps):
     """1/2 logdet(I + d / (m eps^2) Z^T Z) in float64, by eigenvalues of the d x d side."""
     z = np.asarray(z, np.float64)
@@ -43,7 +43,8 @@ def test_coding_rate_in_closed_form():
     collapsed = unit_vectors(1, d).expand(m, -1)
     assert coding_rate(collapsed, eps).item() == pytest.approx(0.5 * math.log(1 + d / eps**2), rel=1e-5)
     orthonormal = torch.eye(d)[:m]
-    assert coding_rate(orthonormal, eps).item() == pytest.approx(0.5 * m * math.log(1 + d / (m * eps**2)), rel=1e-5)
+    spread = 0.5 * m * math.log(1 + d / (m * eps**2))
+    assert coding_rate(orthonormal, eps).item() == pytest.approx(spread, rel=1e-5)
     tight = torch.cat([torch.eye(4), -torch.eye(4)])  # m = 2 d, spread evenly
     assert coding_rate(tight, eps).item() == pytest.approx(0.5 * 4 * math.log(1 + 1 / eps**2), rel=1e-5)
     for z, place in ((collapsed, 0), (orthonormal, 1)):
@@ -98,7 +99,7 @@ def test_effective_rank():
     assert effective_rank(torch.eye(16)[:8]).item() == pytest.approx(8)
 
 
-# ------------------------------------------------------------------------------------------------------------- loss
+# ---- loss ----------------------------------------------------------------------------------------------
 def loss_oracle(student, teacher, eps, gamma):
     """The equation of Sec. 3.3 by loops, float64."""
     V, B, d = student.shape
@@ -117,7 +118,8 @@ def test_loss_is_the_equation(V, eps, gamma):
     student, teacher = unit_vectors(V, 5, 16), unit_vectors(2, 5, 16, seed=1)
     loss, parts = simdino_loss(student, teacher, eps, gamma)
     assert loss.item() == pytest.approx(loss_oracle(student, teacher, eps, gamma), rel=1e-5)
-    assert loss.item() == pytest.approx(parts["alignment"].item() - parts["gamma"] * parts["coding_rate"].item(), rel=1e-5)
+    terms = parts["alignment"].item() - parts["gamma"] * parts["coding_rate"].item()
+    assert loss.item() == pytest.approx(terms, rel=1e-5)
 
 
 def test_loss_ignores_batch_order_and_prefers_aligned_and_spread():
@@ -131,7 +133,7 @@ def test_loss_ignores_batch_order_and_prefers_aligned_and_spread():
 
 
 def loss_of_rank(rank, world, folder):
-    """One step of a linear network on this rank's part of six samples; rank 0 writes loss parts and averaged gradient."""
+    """One step of a linear network on this rank's part of six samples; rank 0 writes what came out."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
@@ -141,8 +143,8 @@ def loss_of_rank(rank, world, folder):
     part = slice(rank * 6 // world, (rank + 1) * 6 // world)
     loss, parts = simdino_loss(F.normalize(net(views[:, part]), dim=-1), teacher[:, part])
     loss.backward()
-    results = torch.stack([loss.detach(), parts["alignment"], parts["coding_rate"], torch.tensor(parts["gamma"]),
-                           torch.tensor(parts["rate_max"])] + [p for p in net.weight.grad.flatten()])
+    numbers = [loss.detach(), parts["alignment"], parts["coding_rate"], parts["gamma"], parts["rate_max"]]
+    results = torch.cat([torch.tensor(numbers), net.weight.grad.flatten()])
     if world > 1:
         dist.all_reduce(results)
         dist.destroy_process_group()
@@ -159,41 +161,43 @@ def test_two_ranks_are_one_process_on_the_joined_batch(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64, 8), (3, 32, 48, 16), (1, 48, 32, 1)])
-def test_three_products_are_one_einsum(shape):
-    """Random matrices with zero columns at the ends of H, as a crop has, against a contraction of all three axes."""
+def test_three_products_are_the_sum_over_all_three_axes(shape):
     generator = torch.Generator().manual_seed(0)
-    x, sizes = torch.rand(2, *shape, generator=generator), (24, 16, 4)
-    h, w, s = (torch.rand(2, n_out, n_in, generator=generator) for n_out, n_in in zip(sizes, shape[1:]))
-    h[0, :, :9], h[1, :, :5], h[:, :, -3:] = 0, 0, 0
-    expected = torch.einsum("bchws,bih,bjw,bks->bcijk", x, h, w, s)
+    x = torch.rand(2, *shape, generator=generator)
+    sizes = zip((24, 16, 4), shape[1:])
+    h, w, s = (torch.rand(2, 3, n_out, n_in, generator=generator) for n_out, n_in in sizes)
+    expected = torch.einsum("bchws,bvih,bvjw,bvks->bvcijk", x, h, w, s)
     torch.testing.assert_close(apply_matrices(x, h, w, s), expected, rtol=1e-4, atol=1e-4)
-    x[:, :, -3:] = torch.nan
-    torch.testing.assert_close(apply_matrices(x, h, w, s), expected, rtol=1e-4, atol=1e-4)  # these rows are not read
+    expected = torch.einsum("bchws,bvih,bvjw->bvcijs", x, h, w)
+    torch.testing.assert_close(apply_matrices(x, h, w), expected, rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------ views
-RAMP = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in (32, 48, 16)), indexing="ij"))  # (3, H, W, S)
+# ---- views ---------------------------------------------------------------------------------------------
+LINES = [torch.linspace(0, 1, n) for n in (32, 48, 16)]
+RAMP = torch.stack(torch.meshgrid(*LINES, indexing="ij"))  # (3, H, W, S)
 
 
-def uniforms(n=1, **chosen):
-    """Random numbers of a view that change nothing (whole crop, no flip, shift, blur, contrast), but for the chosen ones."""
-    names = ["area", "aspect", "top", "left", "first", "flip", "blur", "sigma", "shift", "by", "contrast", "gamma"]
-    neutral = dict(area=1.0, aspect=0.5, top=0.5, left=0.5, first=0.5, flip=1, blur=1, sigma=0.5, shift=1, by=0.5, contrast=1,
-                   gamma=0.5)
-    return torch.tensor([[(neutral | chosen)[name] for name in names]]).float().expand(n, -1)
+UNCHANGED = {"area": 1.0, "aspect": 0.5, "top": 0.5, "left": 0.5, "first": 0.5, "flip": 1.0, "blur": 1.0,
+             "sigma": 0.5, "shift": 1.0, "shift_by": 0.5, "contrast": 1.0, "power": 0.5}  # the sample itself
+
+
+def make_view(x, kind, size, **chosen):
+    """One view of each sample, by random numbers that change nothing, but for the chosen ones."""
+    u = torch.tensor(list(Uniforms(**UNCHANGED | chosen)))  # (12,)
+    return views_of_kind(x, kind, size, u.expand(len(x), 1, 12))[:, 0]
 
 
 @pytest.mark.parametrize("kind", ["global1", "global2"])
 def test_identity_crop_returns_the_input(kind):
     x = torch.rand(2, 1, 32, 48, 16)
-    assert torch.equal(make_view(x, kind, (32, 48, 16), uniforms(2)), x)
+    assert torch.equal(make_view(x, kind, (32, 48, 16)), x)
 
 
 def test_axes_are_not_swapped():
-    """On a ramp along one axis, a crop changes the values of that axis only, by the crop's start and length."""
+    """On a ramp along one axis, a crop changes that axis only, by the crop's start and length."""
     volumes = RAMP[:, None]  # three volumes (B = 3, 1, H, W, S), a ramp along H, W and S each
-    u = uniforms(3, area=(0.5 - 0.4) / 0.6, top=0.0, left=1.0, first=0.5)  # area 0.5: sides of sqrt(0.5)
-    view = make_view(volumes, "global1", (32, 48, 16), u)
+    area = (0.5 - 0.4) / 0.6  # of GLOBAL_AREA: half the plane, sides of sqrt(0.5)
+    view = make_view(volumes, "global1", (32, 48, 16), area=area, top=0.0, left=1.0, first=0.5)
     side = 0.5**0.5
     for axis, (n, start) in enumerate([(32, 0.0), (48, 1 - side), (16, (1 - side) / 2)]):
         centres = (start + side * (torch.arange(n) + 0.5) / n) * n - 0.5  # in input cells
@@ -204,23 +208,39 @@ def test_axes_are_not_swapped():
 
 def test_flip_mirrors_width_only():
     x = torch.rand(1, 1, 32, 48, 8)
-    assert torch.equal(make_view(x, "global2", (32, 48, 8), uniforms(flip=0)), x.flip(3))
-    assert torch.equal(make_view(x, "local", (32, 48, 8), uniforms(flip=0)), make_view(x, "local", (32, 48, 8), uniforms()))
+    size = (32, 48, 8)
+    assert torch.equal(make_view(x, "global2", size, flip=0.0), x.flip(3))
+    assert torch.equal(make_view(x, "local", size, flip=0.0), make_view(x, "local", size))
 
 
-def test_intensities():
-    x = torch.rand(1, 1, 16, 16, 1)
-    torch.testing.assert_close(make_view(x, "global1", (16, 16, 1), uniforms(shift=0, by=1)), (x + 0.1).clamp(max=1))
-    torch.testing.assert_close(make_view(x, "global2", (16, 16, 1), uniforms(contrast=0, gamma=0)), x**0.7)
-    assert torch.equal(make_view(x, "global1", (16, 16, 1), uniforms(contrast=0, gamma=0)), x)  # contrast is global 2's
-    assert torch.equal(make_view(x, "global2", (16, 16, 1), uniforms(blur=0, sigma=1)), x)  # and blur global 1's
+def test_intensities_of_each_kind_of_view():
+    x, size = torch.rand(1, 1, 16, 16, 1), (16, 16, 1)
+    brighter = make_view(x, "global1", size, shift=0.0, shift_by=1.0)
+    torch.testing.assert_close(brighter, (x + 0.1).clamp(max=1))
+    torch.testing.assert_close(make_view(x, "global2", size, shift=0.0, shift_by=1.0), brighter)
+    assert torch.equal(make_view(x, "local", size, shift=0.0, shift_by=1.0), make_view(x, "local", size))
+    torch.testing.assert_close(make_view(x, "global2", size, contrast=0.0, power=0.0), x**0.7)
+    assert torch.equal(make_view(x, "global1", size, contrast=0.0, power=0.0), x)  # contrast is global 2's
+    assert torch.equal(make_view(x, "global2", size, blur=0.0, sigma=1.0), x)  # and blur global 1's
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 64, 32, 1), (3, 3, 64, 32, 4), (3, 1, 64, 32, 8)])
+def test_views_made_together_are_those_made_one_by_one(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, u = torch.rand(shape, generator=generator), torch.rand(3, 5, 12, generator=generator)
+    for kind in ("global1", "global2", "local"):
+        together = views_of_kind(x, kind, (32, 16, shape[-1]), u)  # (B, V, C, H', W', S')
+        for v in range(5):
+            alone = views_of_kind(x, kind, (32, 16, shape[-1]), u[:, v:v + 1])[:, 0]
+            torch.testing.assert_close(together[:, v], alone, rtol=1e-6, atol=1e-6)
 
 
 def test_blur_is_a_gaussian_and_keeps_constants():
     x = torch.zeros(1, 1, 33, 33, 1)
     x[0, 0, 16, 16] = 1
-    blurred = make_view(x, "global1", (33, 33, 1), uniforms(blur=0, sigma=1))[0, 0, :, :, 0]  # sigma 2
-    g = torch.exp(-0.5 * ((torch.arange(33) - 16) / 2) ** 2) * ((torch.arange(33) - 16).abs() <= 8)  # to 4 sigma
+    blurred = make_view(x, "global1", (33, 33, 1), blur=0.0, sigma=1.0)[0, 0, :, :, 0]  # sigma 2
+    distance = torch.arange(33) - 16
+    g = torch.exp(-0.5 * (distance / 2) ** 2) * (distance.abs() <= 8)  # to 4 sigma
     torch.testing.assert_close(blurred, torch.outer(g, g) / g.sum() ** 2, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(blur_matrix(torch.tensor([1.7]), 9).sum(-1), torch.ones(1, 9))
     assert torch.equal(blur_matrix(torch.tensor([0.0]), 9)[0], torch.eye(9))
@@ -238,10 +258,10 @@ def test_resampling_agrees_with_torch_interpolate():
 
 
 @pytest.mark.parametrize("shape, globals_, locals_, n", [
-    ((2, 1, 256, 256, 1), (3, 224, 224, 4), (3, 96, 96, 4), 10),  # the sizes of Sec. 3.3 and Appendix B
+    ((2, 1, 256, 256, 1), (1, 224, 224, 1), (1, 96, 96, 1), 10),  # the sizes of Sec. 3.3 and Appendix B
     ((1, 3, 256, 256, 16), (3, 224, 224, 16), (3, 96, 96, 16), 4),
-    ((1, 1, 256, 256, 64), (3, 224, 224, 56), (3, 96, 96, 24), 4),
-    ((2, 3, 128, 64, 1), (3, 112, 64, 4), (3, 48, 32, 4), 10)])
+    ((1, 1, 256, 256, 64), (1, 224, 224, 56), (1, 96, 96, 24), 4),
+    ((2, 3, 128, 64, 1), (3, 112, 64, 1), (3, 48, 32, 1), 10)])
 def test_sizes_and_numbers_of_views(shape, globals_, locals_, n):
     views = make_views(torch.rand(shape), generator=torch.Generator().manual_seed(0))
     assert [tuple(v.shape[1:]) for v in views] == [globals_] * 2 + [locals_] * n
@@ -259,7 +279,8 @@ def test_video_keeps_its_frames_and_crops_all_alike():
 def test_views_do_not_depend_on_batch_mates_and_are_reproducible():
     x = torch.rand(3, 1, 32, 32, 1)
     views = make_views(x, generator=torch.Generator().manual_seed(5))
-    again = make_views(torch.cat([x[:1], torch.rand(1, 1, 32, 32, 1)]), generator=torch.Generator().manual_seed(5))
+    other_mates = torch.cat([x[:1], torch.rand(1, 1, 32, 32, 1)])
+    again = make_views(other_mates, generator=torch.Generator().manual_seed(5))
     for a, b in zip(views, again):
         assert torch.equal(a[0], b[0])  # other mates, another batch size
         assert not torch.equal(a[0], a[1])
@@ -277,7 +298,7 @@ def test_crop_areas_stay_in_their_range():
     assert 0.1 < min(sides) < 0.35 and 0.45 < max(sides) < 0.75  # sqrt(.05 * 3/4) = .19, sqrt(.4 * 4/3) = .73
 
 
-# ----------------------------------------------------------------------------------------------------------- method
+# ---- method --------------------------------------------------------------------------------------------
 def test_teacher_follows_the_student_and_only_then():
     torch.manual_seed(0)
     method = SimDINO(ViT("vit_t", cls_token=True, drop_path=0.1))
@@ -298,7 +319,7 @@ def test_teacher_follows_the_student_and_only_then():
 
 @pytest.mark.parametrize("m", [4, 64])
 def test_a_little_variance_earns_the_same_rate_in_any_batch(m):
-    """R = d / (2 eps^2) times the mean squared length for short vectors, while the default gamma grows as m shrinks."""
+    """For short vectors R is d / (2 eps^2) times the mean squared length; gamma grows as m shrinks."""
     z = 0.01 * unit_vectors(m, 16)
     assert coding_rate(z, 0.5).item() == pytest.approx(16 / (2 * 0.5**2) * 0.01**2, rel=1e-2)
 
@@ -312,7 +333,8 @@ def test_teacher_momentum_goes_to_one_by_half_a_cosine(momentum):
             for p in branch.parameters():
                 nn.init.constant_(p, value)
         method.after_step(progress)
-        assert all(p.flatten()[0].item() == pytest.approx(1 - mu, abs=1e-6) for p in method.teacher.parameters())
+        for p in method.teacher.parameters():
+            assert p.flatten()[0].item() == pytest.approx(1 - mu, abs=1e-6)
 
 
 def test_forward_is_the_loss_of_its_branches():
@@ -329,10 +351,14 @@ def test_forward_is_the_loss_of_its_branches():
 
 def test_picture_from_the_command_line(tmp_path, monkeypatch, capsys):
     Image.effect_noise((60, 80), 40).save(tmp_path / "x.png")
-    run = ["simdino.py", tmp_path / "x.png", "--out", tmp_path / "v.png", "--size", "128", "--modality", "ultrasound"]
+    run = ["simdino.py", tmp_path / "x.png", "--out", tmp_path / "v.png", "--size", "128",
+           "--modality", "ultrasound"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in run])
     simdino.main()
     assert Image.open(tmp_path / "v.png").width >= 10 * 48 and "10 local" in capsys.readouterr().out
+
+
+def test_picture_of_a_file_that_is_not_there_or_of_a_wrong_size(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["simdino.py", str(tmp_path / "none.png")])
     with pytest.raises(UserError, match="none.png"):
         simdino.main()
