@@ -18,6 +18,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
@@ -28,28 +29,51 @@ from model import (ViT, load_encoder, normalize, pool, read_checkpoint, save_mon
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
 
-QUERIES, GALLERY, BATCH = 2048, 8192, 16  # rows of one product of a search; samples embedded at a time
-MUST_MATCH = ("encoder", "checkpoint_sha256", "code_sha256", "pool", "sizes")  # in all galleries of a search
+# A search multiplies blocks of so many rows, which bounds its memory.
+QUERY_BLOCK = 2048
+GALLERY_BLOCK = 8192
+EMBED_BATCH = 16  # samples embedded at a time
+
+# What the meta of two files must have in common for their embeddings to be comparable.
+SAME_ENCODER = ("encoder", "checkpoint_sha256", "code_sha256", "pool")
+MUST_MATCH = SAME_ENCODER + ("sizes",)
 
 
 def search(queries, gallery, k):
     """Exact cosine top-k (Sec. C.2): queries (m, D), gallery (n, D) -> scores, indices, (m, min(k, n)) each.
 
-    Arrays or tensors, searched where the queries are; the gallery may be a map larger than memory. Equal ones
-    come in any order. UserError: k < 1, an empty gallery, widths that differ, values that are not finite.
+    Arrays or tensors, searched where the queries are; the gallery may be a map larger than memory. Equal
+    scores come in any order. UserError: k < 1, an empty gallery, widths that differ, values that are not finite.
     """
-    if k < 1 or queries.ndim != 2 or len(gallery) == 0 or queries.shape[1:] != gallery.shape[1:]:
-        raise UserError(f"no {k} matches of {tuple(queries.shape)} in a gallery {tuple(gallery.shape)}")
+    if k < 1:
+        raise UserError(f"the number of matches to look for must be at least 1, not {k}")
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise UserError("queries (m, D) and gallery (n, D) must have one width D, not "
+                        f"{tuple(queries.shape)} and {tuple(gallery.shape)}")
+    if len(gallery) == 0:
+        raise UserError("the gallery is empty")
+
+    # The best k so far are kept, and every block of the gallery is merged into them.
     q = F.normalize(torch.as_tensor(queries).float(), dim=1)  # (m, D)
-    scores, indices = q.new_empty(len(q), 0), q.new_empty(len(q), 0, dtype=torch.int64)
-    for start in range(0, len(gallery), GALLERY):
-        block = gallery[start:start + GALLERY]
-        g = F.normalize((block if torch.is_tensor(block) else torch.tensor(block)).to(q), dim=1)  # (b, D)
-        best = [(part @ g.T).topk(min(k, len(g)), dim=1) for part in q.split(QUERIES)]  # each (b, k)
-        scores = torch.cat([scores, torch.cat([found.values for found in best])], dim=1)  # (m, up to 2k)
-        indices = torch.cat([indices, torch.cat([found.indices for found in best]) + start], dim=1)
+    scores = q.new_empty(len(q), 0)
+    indices = q.new_empty(len(q), 0, dtype=torch.int64)
+    for start in range(0, len(gallery), GALLERY_BLOCK):
+        block = gallery[start:start + GALLERY_BLOCK]
+        if not torch.is_tensor(block):
+            block = torch.tensor(block)  # a copy: the array may be a read-only map
+        g = F.normalize(block.to(q), dim=1)  # (b, D)
+
+        block_scores, block_indices = [], []
+        for part in q.split(QUERY_BLOCK):
+            best = (part @ g.T).topk(min(k, len(g)), dim=1)  # (part, k) each
+            block_scores.append(best.values)
+            block_indices.append(start + best.indices)
+
+        scores = torch.cat([scores, torch.cat(block_scores)], dim=1)  # (m, up to 2k)
+        indices = torch.cat([indices, torch.cat(block_indices)], dim=1)  # (m, up to 2k)
         scores, order = scores.topk(min(k, scores.shape[1]), dim=1)  # (m, up to k)
         indices = indices.gather(1, order)
+
     if scores.isnan().any():  # topk puts them first
         raise UserError("embeddings hold values that are not finite: embed these samples again")
     return scores, indices
@@ -58,18 +82,27 @@ def search(queries, gallery, k):
 def pixels(x):
     """Baseline: the mean slice as 32 x 32 grey values less their mean, (B, C, H, W, S) -> (B, 1024)."""
     x = unit(x).mean(dim=(1, 4))  # (B, H, W)
-    x = F.adaptive_avg_pool2d(x - x[:, :1, :1], 32).flatten(1)  # (B, 1024), exactly zero if flat
+    x = x - x[:, :1, :1]  # the mean of a flat image would differ from its pixels by rounding; zeros do not
+    x = F.adaptive_avg_pool2d(x, 32).flatten(1)  # (B, 1024)
     return x - x.mean(dim=1, keepdim=True)  # the cosine of two images is now their correlation
 
 
 def by_slices(network, size=224, chunk=128):
-    """A 2D network (n, 3, size, size) -> (n, D) as an encoder of samples: the mean over slices."""
+    """A 2D network (n, 3, size, size) -> (n, D) as an encoder of samples: the mean over slices or frames.
+
+    The network is given ImageNet's colours, and `chunk` slices at a time.
+    """
     def embed(x):  # (B, C, H, W, S) -> (B, D)
-        x = unit(take_frames_evenly(x)).permute(0, 4, 1, 2, 3)  # (B, S, C, H, W)
-        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet
-        out = [network(F.interpolate(part, (size, size), mode="bilinear", antialias=True))
-               for part in ((x - mean) / std).flatten(0, 1).split(chunk)]  # parts (chunk, 3, H, W)
-        return torch.cat(out).float().unflatten(0, x.shape[:2]).mean(dim=1)  # (B, D)
+        slices = unit(take_frames_evenly(x)).permute(0, 4, 1, 2, 3)  # (B, S, C, H, W)
+        mean = x.new_tensor([0.485, 0.456, 0.406], dtype=torch.float32)[:, None, None]  # (3, 1, 1)
+        std = x.new_tensor([0.229, 0.224, 0.225], dtype=torch.float32)[:, None, None]  # (3, 1, 1)
+        images = ((slices - mean) / std).flatten(0, 1)  # (B * S, 3, H, W)
+
+        features = []
+        for part in images.split(chunk):  # (chunk, 3, H, W)
+            part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+            features.append(network(part))  # (chunk, D)
+        return torch.cat(features).float().unflatten(0, slices.shape[:2]).mean(dim=1)  # (B, D)
     return embed
 
 
@@ -87,134 +120,235 @@ class Embeddings(NamedTuple):
     meta: dict
 
 
-def load_embedder(name, checkpoint=None, device="cpu"):
-    """Encoder -> (embed, meta for the npz, 64-bit ids of the samples it was trained on, None if unknown).
+def load_foreign_encoder(name, device):
+    """module:function, the module sought in the working folder too -> what function() returns, the module's sha256."""
+    module_name, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+        code_sha256 = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+        make = getattr(module, function)
+        with torch.device(device):  # so that a network it makes lies where its samples will
+            embed = make()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--encoder {name}: {error}; choose module:function, pixels, m3ret") from None
+    if not callable(embed):
+        raise UserError(f"--encoder {name}: the encoder must be a function of samples (B, C, H, W, S), but "
+                        f"{function}() returned {embed!r}")
+    return embed, code_sha256
 
-    embed maps cached samples (B, C, H, W, S) to (B, D). m3ret: the checkpoint's, pooled to mix = [CLS, avg]
-    (Sec. 3.3), to avg without CLS token (Sec. 3.2); random: the same, untrained; module:function: its result.
+
+def load_embedder(name, checkpoint=None, device="cpu"):
+    """Encoder -> Embedder. Its function maps cached samples (B, C, H, W, S) to (B, D).
+
+    m3ret: the checkpoint's, pooled to mix = [CLS, avg] (Sec. 3.3), to avg without CLS token (Sec. 3.2);
+    random: the same, untrained; pixels: the baseline above; module:function: what the function returns.
     """
     meta = {"encoder": name, "checkpoint": "", "checkpoint_sha256": "", "code_sha256": "", "pool": ""}
-    if bool(checkpoint) != (name in ("m3ret", "random")):
-        raise UserError(f"--encoder {name}: m3ret and random need a --checkpoint of train.py, others none")
+    needs_checkpoint = name in ("m3ret", "random")
+    if needs_checkpoint and not checkpoint:
+        raise UserError(f"--encoder {name}: needs the --checkpoint of a run of train.py")
+    if checkpoint and not needs_checkpoint:
+        raise UserError(f"--encoder {name}: has no use for a --checkpoint; leave it out")
     if name == "pixels":
         return Embedder(pixels, meta, [])
-    if not checkpoint:
-        module, _, function = name.partition(":")
-        sys.path.insert(0, os.getcwd())
-        try:
-            module = importlib.import_module(module)
-            meta["code_sha256"] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-            with torch.device(device):  # so that a network it makes lies where its samples will
-                return Embedder(getattr(module, function)(), meta, None)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"--encoder {name}: {error}; choose module:function, pixels, m3ret") from None
+    if not needs_checkpoint:
+        embed, meta["code_sha256"] = load_foreign_encoder(name, device)
+        return Embedder(embed, meta, None)
+
     state = read_checkpoint(checkpoint)
-    network, trained = load_encoder(checkpoint, device, state), state.get("ids")
+    network = load_encoder(checkpoint, device, state)
+    seen_ids = state.get("ids")  # a file that does not say leaves it unknown
     if name == "random":
         torch.manual_seed(0)
-        network, trained = ViT(**network.config).to(device).eval(), []
-    how = "avg" if network.cls_token is None else "mix"
-    meta |= {"checkpoint": str(checkpoint), "flags": state.get("flags"), "step": state.get("step"),
-             "checkpoint_sha256": state["sha256"],
-             "parameters": sum(p.numel() for p in network.parameters()), "pool": how}
+        network = ViT(**network.config).to(device).eval()
+        seen_ids = []
+
+    pooling = "avg" if network.cls_token is None else "mix"
+    meta["pool"] = pooling
+    meta["checkpoint"] = str(checkpoint)
+    meta["checkpoint_sha256"] = state["sha256"]
+    meta["flags"] = state.get("flags")
+    meta["step"] = state.get("step")
+    meta["parameters"] = sum(p.numel() for p in network.parameters())
+
     def embed(x):  # no augmentation; of longer videos 16 evenly spaced frames
-        return pool(network(normalize(unit(take_frames_evenly(x)))), how, how == "mix")
-    return Embedder(embed, meta, trained)
+        tokens = network(normalize(unit(take_frames_evenly(x))))  # (B, [1+]N, D)
+        return pool(tokens, pooling, cls_token=network.cls_token is not None)  # (B, D) or (B, 2D)
+    return Embedder(embed, meta, seen_ids)
 
 
 def apply_encoder(embed, x, names, device):
     """Samples (B, C, H, W, S) -> (B, D) float32 on the CPU; names: what an error calls the samples."""
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
-        vectors = embed(x.to(device)) if callable(embed) else embed  # function() may have returned anything
-    if not torch.is_tensor(vectors) or vectors.ndim != 2 or len(vectors) != len(x):
-        raise UserError(f"the encoder gave {getattr(vectors, 'shape', vectors)}, not a tensor ({len(x)}, D)")
-    for name, finite in zip(names, vectors.isfinite().all(dim=1).tolist()):
-        if not finite:
-            raise UserError(f"{name} embeds to values that are not finite: if it has such, prepare it again")
+        vectors = embed(x.to(device))  # (B, D)
+
+    # The encoder may be anybody's.
+    if not torch.is_tensor(vectors):
+        raise UserError(f"the encoder gave {type(vectors).__name__}, not a tensor ({len(x)}, D)")
+    if vectors.ndim != 2 or len(vectors) != len(x):
+        raise UserError(f"the encoder gave {tuple(vectors.shape)}, not ({len(x)}, D)")
+    finite = vectors.isfinite().all(dim=1)  # (B,)
+    if not finite.all():
+        name = names[finite.tolist().index(False)]
+        raise UserError(f"{name} embeds to values that are not finite: if it has such, prepare it again")
     return vectors.float().cpu()
+
+
+def list_batches(rows):
+    """Row numbers in lists of at most EMBED_BATCH; the samples of a batch have one shape."""
+    batches = []
+    for shape in sorted({row["shape"] for row in rows}):
+        members = [i for i, row in enumerate(rows) if row["shape"] == shape]
+        for start in range(0, len(members), EMBED_BATCH):
+            batches.append(members[start:start + EMBED_BATCH])
+    return batches
+
+
+def list_seen(ids, seen_ids):
+    """Those of the ids that the encoder was trained on; None if nobody knows."""
+    if seen_ids is None:
+        return None
+    numbers = np.array([int(name, 16) for name in ids], np.uint64).view(np.int64)  # as in the checkpoint
+    found = np.isin(numbers, np.asarray(seen_ids))
+    return [name for name, seen in zip(ids, found) if seen]
 
 
 def embed_rows(rows, embedder, out, device="cpu", workers=2):
     """Embed rows (of one cache folder) into `out`, by what load_embedder gave; torchrun's processes share."""
-    embed, meta, trained = embedder
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder, batches, done = rows[0]["folder"], [], []
-    for shape in sorted({row["shape"] for row in rows}):
-        members = [i for i, row in enumerate(rows) if row["shape"] == shape]
-        batches += [members[a:a + BATCH] for a in range(0, len(members), BATCH)]
+    if not rows:
+        raise UserError("there is no sample to embed: samples.csv has no row")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    folder = rows[0]["folder"]
+
+    # Every process embeds its share of the batches.
+    batches = list_batches(rows)
     mine = batches[rank::world]
+    done = []
     loader = DataLoader(CachedDataset(rows), batch_sampler=mine, num_workers=workers, collate_fn=stack)
-    for batch, x in zip(mine, tqdm(loader, desc="embed", unit="batch", disable=rank > 0, leave=False)):
-        done.append(apply_encoder(embed, x, [f"{folder}/{rows[i]['id']}.npy" for i in batch], device))
-    with atomic_write(f"{out}.part{rank}") as file:  # the first process joins the parts
+    bar = tqdm(loader, desc="embed", unit="batch", disable=rank > 0, leave=False)
+    for batch, x in zip(mine, bar):
+        names = [f"{folder}/{rows[i]['id']}.npy" for i in batch]
+        done.append(apply_encoder(embedder.embed, x, names, device))
+
+    # The first process joins the parts.
+    with atomic_write(f"{out}.part{rank}") as file:
         torch.save(done, file)
     if world > 1:
-        torch.distributed.init_process_group("gloo")  # returns when every process has come this far
+        dist.init_process_group("gloo")
+        dist.barrier()
     if rank > 0:
         return
-    done = [None] * len(batches)
-    for r in range(world):
-        done[r::world] = torch.load(f"{out}.part{r}", weights_only=True)
-        os.remove(f"{out}.part{r}")
-    order = np.argsort(np.concatenate(batches))  # batches hold each row number once
-    numbers = np.array([int(row["id"], 16) for row in rows], np.uint64).view(np.int64)  # as in the checkpoint
-    seen = None if trained is None else [rows[i]["id"] for i in np.flatnonzero(np.isin(numbers, trained))]
-    meta = json.dumps(meta | {"cache": folder, "sizes": read_sizes(folder), "seen": seen})
+    vectors = None
+    for other in range(world):
+        parts = torch.load(f"{out}.part{other}", weights_only=True)
+        os.remove(f"{out}.part{other}")
+        for batch, part in zip(batches[other::world], parts):
+            if vectors is None:
+                vectors = np.empty((len(rows), part.shape[1]), np.float32)  # (n, D)
+            vectors[batch] = part
+
+    ids = [row["id"] for row in rows]
+    seen = list_seen(ids, embedder.seen_ids)
+    meta = json.dumps(embedder.meta | {"cache": folder, "sizes": read_sizes(folder), "seen": seen})
     with atomic_write(out) as file:
-        np.savez(file, embeddings=torch.cat(done)[order], ids=[row["id"] for row in rows], meta=meta)
+        np.savez(file, embeddings=vectors, ids=ids, meta=meta)
     print(f"{len(rows)} embeddings in {out}")
 
 
 def read_embeddings(path, cache=None):
-    """npz -> rows of its cache's samples.csv in its order, embeddings (n, D) float32, meta (a dict)."""
+    """npz -> Embeddings: rows of its cache's samples.csv in its order, vectors (n, D) float32, meta (a dict)."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            x, ids = file["embeddings"], file["ids"]
-            meta = {"code_sha256": ""} | json.loads(str(file["meta"])) if "meta" in file else {}
-        good = x.dtype.kind + ids.dtype.kind == "fU" and x.ndim == 2 and np.isfinite(x).all()
-        if not good or not 0 < len(np.unique(ids)) == len(ids) == len(x):
-            raise ValueError("it needs finite embeddings (n, D) and n different ids")
+            vectors = file["embeddings"]
+            ids = file["ids"]
+            meta = {}
+            if "meta" in file:
+                meta = {"code_sha256": ""} | json.loads(str(file["meta"]))
+        if vectors.dtype.kind != "f" or vectors.ndim != 2 or not np.isfinite(vectors).all():
+            raise ValueError("embeddings must be finite floats (n, D)")
+        if ids.dtype.kind != "U" or ids.shape != vectors.shape[:1]:
+            raise ValueError("ids must be n strings")
+        if len(ids) == 0:
+            raise ValueError("it is empty")
+        if len(np.unique(ids)) < len(ids):
+            raise ValueError("an id comes twice")
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no embedding file ({error}): make it with embed.py") from None
-    rows = {row["id"]: row for row in read_samples(cache or meta.get("cache", ""))}
-    if not rows.keys() >= set(ids.tolist()):
-        raise UserError(f"{path} holds ids that are not in {cache or meta['cache']}: give the cache it is of")
-    return Embeddings([rows[i] for i in ids.tolist()], x.astype(np.float32), meta)
+
+    folder = cache or meta.get("cache", "")
+    ids = ids.tolist()
+    rows = {row["id"]: row for row in read_samples(folder)}
+    if not rows.keys() >= set(ids):
+        raise UserError(f"{path} holds ids that are not in {folder}: give the cache it is of")
+    return Embeddings([rows[name] for name in ids], vectors.astype(np.float32), meta)
 
 
 def picture(sample, caption, colour=(90, 90, 90), size=192):
     """Sample (C, H, W, S) -> its middle slice, framed, two lines of caption below: (3, y, x) in [0, 1]."""
-    middle = unit(torch.as_tensor(sample))[..., sample.shape[-1] // 2].expand(3, -1, -1)  # (3, H, W)
-    image = Image.fromarray((middle.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
-    tile = ImageOps.expand(ImageOps.pad(image, (size, size)), border=(6, 6, 6, 36), fill=colour)
+    middle = torch.as_tensor(sample)[..., sample.shape[-1] // 2]  # (C, H, W)
+    grey_levels = (unit(middle).clamp(0, 1) * 255).byte().expand(3, -1, -1)  # (3, H, W)
+    image = Image.fromarray(grey_levels.permute(1, 2, 0).numpy())
+    tile = ImageOps.pad(image, (size, size))
+    tile = ImageOps.expand(tile, border=(6, 6, 6, 36), fill=colour)  # left, top, right, bottom
     ImageDraw.Draw(tile).text((8, size + 6), caption, fill="white", font=ImageFont.load_default(11))
     return torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255  # (3, y, x)
 
 
+def find_difference(meta, other, keys):
+    """The first of the keys that one of two metas lacks, or that differs; None if they agree."""
+    for key in keys:
+        if key not in meta or key not in other or meta[key] != other[key]:
+            return key
+    return None
+
+
+def read_paths(folder):
+    """{id: path of the source file}, or {} for all but the owner of the cache, who alone may read it."""
+    table = Path(folder, "sources.csv")
+    if not os.access(table, os.R_OK):
+        return {}
+    with open(table, encoding="utf-8", newline="") as file:
+        return {line["id"]: line["path"] for line in csv.DictReader(file)}
+
+
 def search_file(path, galleries, top=3, figure=None, checkpoint=None, modality=None, device="cpu"):
     """Embed one medical file as the galleries were and print its nearest samples; the figure has no path."""
-    rows, vectors, metas = zip(*map(read_embeddings, galleries))
-    rows, paths = sum(rows, []), {}
-    for gallery, meta in zip(galleries, metas):
-        differ = [key for key in MUST_MATCH if key not in meta or meta[key] != metas[0].get(key)]
-        if differ:
-            raise UserError(f"{gallery} says no {differ[0]}, or another than {galleries[0]}: embed again")
-        if os.access(f"{meta['cache']}/sources.csv", os.R_OK):  # only its owner may read it
-            lines = csv.DictReader(Path(meta["cache"], "sources.csv").read_text("utf-8").split("\n"))
-            paths |= {line["id"]: line["path"] for line in lines}
-    embed, own, _ = load_embedder(meta["encoder"], checkpoint or meta["checkpoint"], device)
-    if any(own[key] != meta[key] for key in MUST_MATCH[:-1]):
-        raise UserError(f"{checkpoint or own['encoder']} is not what made {gallery}: give its --checkpoint")
-    known = [*{row["modality"] for row in rows}]
-    modality, sample = read_any(path, modality, known[0] if len(known) == 1 else None, **meta["sizes"])
-    query = apply_encoder(embed, torch.from_numpy(sample)[None], [path], device)  # (1, D)
+    rows, vectors, paths = [], [], {}
+    meta = None
+    for gallery in galleries:
+        found = read_embeddings(gallery)
+        meta = meta or found.meta  # of the first
+        differs = find_difference(found.meta, meta, MUST_MATCH)
+        if differs:
+            raise UserError(f"{gallery} says no {differs}, or another than {galleries[0]}: embed again")
+        rows += found.rows
+        vectors.append(found.vectors)
+        paths |= read_paths(found.meta["cache"])
+
+    embedder = load_embedder(meta["encoder"], checkpoint or meta["checkpoint"], device)
+    if find_difference(embedder.meta, meta, SAME_ENCODER):
+        raise UserError(f"{checkpoint or meta['checkpoint'] or meta['encoder']} is not what made {galleries[0]}: "
+                        "give its --checkpoint")
+
+    # A file that does not say its modality has the gallery's, if that holds one only.
+    modalities = {row["modality"] for row in rows}
+    likely = modalities.pop() if len(modalities) == 1 else None
+    modality, sample = read_any(path, modality, likely, **meta["sizes"])
+    x = torch.from_numpy(sample)[None]  # (1, C, H, W, S)
+    query = apply_encoder(embedder.embed, x, [path], device)  # (1, D)
     scores, indices = search(query, np.concatenate(vectors), top)  # (1, k)
+
     tiles = [picture(sample, f"query ({modality})")]
     print("rank  cosine  modality    labels  id  file")
     for place, (score, i) in enumerate(zip(scores[0].tolist(), indices[0].tolist()), start=1):
-        row, kind, labels = rows[i], rows[i]["modality"], " | ".join(rows[i]["labels"])
-        print(f"{place:4}  {score:6.3f}  {kind:10}  {labels}  {row['id']}  {paths.get(row['id'], '')}")
-        tiles.append(picture(load_sample(row["folder"], row), f"{place}. {score:.3f} {kind}\n{labels}"))
+        row = rows[i]
+        labels = " | ".join(row["labels"])
+        source = paths.get(row["id"], "")
+        print(f"{place:4}  {score:6.3f}  {row['modality']:10}  {labels}  {row['id']}  {source}")
+        caption = f"{place}. {score:.3f} {row['modality']}\n{labels}"
+        tiles.append(picture(load_sample(row["folder"], row), caption))
     if figure:
         save_montage(figure, [tiles])
 
@@ -233,8 +367,17 @@ def main():
     flag("--modality", choices=MODALITIES, help="of FILE; default: its DICOM tag, or the gallery's only one")
     flag("--figure", metavar="PNG", help="draw the query and its results")
     args = parser.parse_args()
-    if bool(args.cache) == bool(args.search) or bool(args.search) != bool(args.gallery) or args.workers < 0:
-        parser.error("give a cache folder, or --search FILE with --gallery NPZ; --workers counts from 0")
+    if not args.cache and not args.search:
+        parser.error("give a cache folder to embed, or --search FILE with --gallery NPZ")
+    if args.cache and args.search:
+        parser.error(f"{args.cache} is to be embedded, {args.search} to be searched for: give one of the two")
+    if args.search and not args.gallery:
+        parser.error("--search needs a --gallery NPZ, made by embedding a cache")
+    if args.gallery and not args.search:
+        parser.error("--gallery belongs to --search FILE")
+    if args.workers < 0:
+        parser.error("--workers counts from 0")
+
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if args.search:
         search_file(args.search, args.gallery, args.top, args.figure, args.checkpoint, args.modality, device)

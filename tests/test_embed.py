@@ -71,7 +71,7 @@ def test_search_equals_plain_loops(n, k):
 
 
 def test_gallery_may_be_a_memory_map_and_inputs_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "GALLERY", 16)
+    monkeypatch.setattr(embed, "GALLERY_BLOCK", 16)
     x = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
     np.save(tmp_path / "gallery.npy", x)
     mapped = np.load(tmp_path / "gallery.npy", mmap_mode="r")
@@ -87,8 +87,8 @@ def test_blocks_of_any_size_find_the_same(monkeypatch):
     queries, gallery = (generator.standard_normal((n, 17)).astype(np.float32) for n in (23, 150))
     expected = plain_search(queries, gallery, 12)[1]
     for a, b in ((1, 1), (3, 7), (64, 64), (23, 149)):
-        monkeypatch.setattr(embed, "QUERIES", a)
-        monkeypatch.setattr(embed, "GALLERY", b)
+        monkeypatch.setattr(embed, "QUERY_BLOCK", a)
+        monkeypatch.setattr(embed, "GALLERY_BLOCK", b)
         scores, indices = search(queries, gallery, 12)
         assert indices.tolist() == expected, (a, b)
         assert (scores[:, :-1] >= scores[:, 1:]).all()
@@ -96,8 +96,8 @@ def test_blocks_of_any_size_find_the_same(monkeypatch):
 
 def test_memory_is_bounded_by_the_blocks(monkeypatch):
     """No product is larger than a block of queries times a block of the gallery; k columns are kept."""
-    monkeypatch.setattr(embed, "QUERIES", 8)
-    monkeypatch.setattr(embed, "GALLERY", 16)
+    monkeypatch.setattr(embed, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(embed, "GALLERY_BLOCK", 16)
     widest = []
     topk = torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda x, *args,
@@ -271,7 +271,7 @@ def test_a_sample_that_is_not_finite_is_named(cache, tmp_path):
 def test_an_encoder_that_gives_no_vectors_is_said_in_one_line(cache, tmp_path, made):
     (tmp_path / "mine.py").write_text(f"def build():\n    return {made}\n")
     done = run(ROOT / "embed.py", cache, "--encoder", "mine:build", "--workers", "0", cwd=tmp_path)
-    assert done.returncode == 1 and "embed.py: the encoder" in done.stderr, done.stderr
+    assert done.returncode == 1 and "embed.py: " in done.stderr and "the encoder" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
 
