@@ -9,6 +9,7 @@ d projected width; V views; K neighbours; m samples in a coding rate.
 """
 import contextlib
 import hashlib
+import json
 import math
 from collections import OrderedDict
 from pickle import UnpicklingError
@@ -241,6 +242,15 @@ def read_checkpoint(path):
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
         return dict(torch.load(file, map_location="cpu", weights_only=True)) | {"sha256": sha256}
+
+
+def weights_sha256(encoder):
+    """A hash of what an encoder computes: its config and its weights, wherever they are stored -> hex digits."""
+    digest = hashlib.sha256(json.dumps(encoder.config, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_encoder(path, device="cpu", state=None):
