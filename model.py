@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
+from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
@@ -26,6 +27,7 @@ ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  
 PATCH_SIZE, FRAMES = (16, 16, 4), 16  # Sec. 3.1; a patch has 3 channels besides, a video so many frames
 REFERENCE_GRID = 16  # cells per axis that positions are measured in: 256 / 16 in plane and 64 / 4 over slices
 RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) recompute their activations
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of save_montage, by the end of the name
 LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of --init's networks
 
 
@@ -303,7 +305,13 @@ def read_picture_flags(parser, out):
 
 
 def save_montage(path, rows, gap=4):
-    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG: columns as wide as the widest tile."""
+    """Write rows of tiles, each (3, H, W) in [0, 1], as one picture, a PNG or JPEG as its name says.
+
+    Columns are as wide as the widest tile. UserError: another ending of the name.
+    """
+    file_format = PICTURE_FORMATS.get(Path(path).suffix.lower())
+    if file_format is None:
+        raise UserError(f"{path}: the name of a picture must end in {', '.join(PICTURE_FORMATS)}")
     heights = [gap + max(tile.shape[1] for tile in row) for row in rows]
     width = gap + max(tile.shape[2] for row in rows for tile in row)
     sheet = torch.full((3, sum(heights), max(map(len, rows)) * width), 0.25)
@@ -312,4 +320,4 @@ def save_montage(path, rows, gap=4):
             sheet[:, sum(heights[:i]):, j * width:][:, :tile.shape[1], :tile.shape[2]] = tile
     pixels = (sheet[:, :-gap, :-gap].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (height, width, 3)
     with atomic_write(path) as file:
-        Image.fromarray(pixels.numpy()).save(file, format="PNG")
+        Image.fromarray(pixels.numpy()).save(file, format=file_format)
