@@ -2,17 +2,31 @@
 
 In:  cache/NAME (prepare.py) and runs/NAME/checkpoint.pt (train.py), or any other encoder.
 Out: emb.npz: embeddings (n, D) float32, not normalised; ids (n,); meta, a JSON string of how they were made.
-     python embed.py cache/NAME --checkpoint runs/NAME/checkpoint.pt --out emb.npz  (torchrun shares the work)
+     python embed.py cache/NAME --checkpoint runs/NAME/checkpoint.pt --out emb.npz
      python embed.py --search scan.nii.gz --gallery ct.npz mri.npz --figure hits.png
+     python embed.py --search new/*.dcm --gallery xray.npz --out hits.csv
+torchrun shares the first among processes. Given an --out that exists, it embeds only what is new.
+
+From Python:
+    from prepare import read_any
+    from embed import apply_encoder, load_embedder, read_embeddings, search
+    gallery = read_embeddings("emb.npz")
+    embedder = load_embedder("m3ret", "runs/NAME/checkpoint.pt")
+    modality, sample = read_any("scan.nii.gz", **gallery.meta["sizes"])
+    scores, indices = search(apply_encoder(embedder, sample[None]), gallery.vectors, k=3)
+    labels = [gallery.rows[i]["labels"] for i in indices[0]]
 """
 import argparse
 import csv
 import hashlib
 import importlib
+import io
 import json
 import os
 import sys
+import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -24,26 +38,36 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (ViT, load_encoder, normalize, pool, read_checkpoint, save_montage, stack,
-                   take_frames_evenly, unit)
+from model import (PICTURE_FORMATS, ViT, load_encoder, normalize, pool, read_checkpoint, sample_kind,
+                   save_montage, stack, take_frames_evenly, unit, weights_sha256)
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
 
 # A search multiplies blocks of so many rows, which bounds its memory.
 QUERY_BLOCK = 2048
 GALLERY_BLOCK = 8192
-EMBED_BATCH = 16  # samples embedded at a time
+
+# Samples embedded at a time. Every batch has this size, a last one is filled up: the digits of an embedding
+# depend on the size of its batch, but not on what else is in it.
+EMBED_BATCH = {"image": 16, "video": 4, "volume": 4}
 
 # What the meta of two files must have in common for their embeddings to be comparable.
-SAME_ENCODER = ("encoder", "checkpoint_sha256", "code_sha256", "pool")
+SAME_ENCODER = ("encoder", "weights_sha256", "code_sha256", "pool")
 MUST_MATCH = SAME_ENCODER + ("sizes",)
+
+HIT_COLUMNS = ("query", "rank", "cosine", "modality", "labels", "cache", "id", "path")
+VALUE_TOLERANCE = 1e-3  # by which floats of samples may leave [0, 1]
+ANSWER_TOLERANCE = 0.05  # of a length; two machines, or bf16 and fp32, differ by less
+TILES_IN_A_ROW = 6  # of a figure
 
 
 def search(queries, gallery, k):
     """Exact cosine top-k (Sec. C.2): queries (m, D), gallery (n, D) -> scores, indices, (m, min(k, n)) each.
 
-    Arrays or tensors, searched where the queries are; the gallery may be a map larger than memory. Equal
-    scores come in any order. UserError: k < 1, an empty gallery, widths that differ, values that are not finite.
+    Both are arrays or tensors of numbers, normalised or not, and are searched on the queries' device; the
+    gallery may be a memory map larger than memory. scores: cosines in [-1, 1], float32, best first, a vector
+    of zeros has 0; indices: rows of the gallery, int64; equal scores come in any order.
+    UserError: k < 1, an empty gallery, another shape or width, values that are not finite.
     """
     if k < 1:
         raise UserError(f"the number of matches to look for must be at least 1, not {k}")
@@ -113,15 +137,32 @@ class Embedder(NamedTuple):
     seen_ids: object  # (n,) int64, ids of the samples it was trained on; None if unknown
 
 
+class EmbeddingFile(NamedTuple):
+    """What an npz holds."""
+    ids: list  # n strings
+    vectors: np.ndarray  # (n, D) float32
+    meta: dict
+
+
+class Kept(NamedTuple):
+    """What of an earlier file goes into the new one."""
+    numbers: list  # of rows
+    vectors: torch.Tensor  # (kept, D), of these rows
+    dropped: int  # ids of the earlier file that have no row any more
+
+
 class Embeddings(NamedTuple):
-    """What read_embeddings finds in an npz."""
+    """An npz, and the rows of the samples it is of."""
     rows: list  # of its cache's samples.csv, in the npz's order
     vectors: np.ndarray  # (n, D) float32
     meta: dict
 
 
 def load_foreign_encoder(name, device):
-    """module:function, the module sought in the working folder too -> what function() returns, the module's sha256."""
+    """module:function, sought in the working folder too -> what function() returns, the module's sha256.
+
+    The hash is of that one file. Weights or other modules that it reads are not in it: nobody knows them.
+    """
     module_name, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -139,12 +180,17 @@ def load_foreign_encoder(name, device):
 
 
 def load_embedder(name, checkpoint=None, device="cpu"):
-    """Encoder -> Embedder. Its function maps cached samples (B, C, H, W, S) to (B, D).
+    """Encoder -> Embedder: embed, which maps cached samples (B, C, H, W, S) to (B, D), and what is known of it.
 
-    m3ret: the checkpoint's, pooled to mix = [CLS, avg] (Sec. 3.3), to avg without CLS token (Sec. 3.2);
-    random: the same, untrained; pixels: the baseline above; module:function: what the function returns.
+    name: m3ret is the checkpoint's encoder, its tokens pooled to mix = [CLS, avg] (Sec. 3.3), or to avg if
+    it has no CLS token (Sec. 3.2); random is the same, untrained; pixels is the baseline above;
+    module:function is what that function returns.
+    checkpoint: a file of train.py, or of an encoder alone (model.save_checkpoint), for m3ret and random only.
+    device: where it will run, "cpu" or "cuda:0". Call it by `apply_encoder`, which checks what it is given.
+    UserError: an unknown name, a checkpoint that is missing, superfluous, damaged or foreign.
     """
-    meta = {"encoder": name, "checkpoint": "", "checkpoint_sha256": "", "code_sha256": "", "pool": ""}
+    meta = {"encoder": name, "checkpoint": "", "checkpoint_sha256": "", "weights_sha256": "",
+            "code_sha256": "", "pool": ""}
     needs_checkpoint = name in ("m3ret", "random")
     if needs_checkpoint and not checkpoint:
         raise UserError(f"--encoder {name}: needs the --checkpoint of a run of train.py")
@@ -158,7 +204,9 @@ def load_embedder(name, checkpoint=None, device="cpu"):
 
     state = read_checkpoint(checkpoint)
     network = load_encoder(checkpoint, device, state)
-    seen_ids = state.get("ids")  # a file that does not say leaves it unknown
+    seen_ids = state.get("ids")  # None if the file does not say
+    if not state.get("ids_known", True):
+        seen_ids = None  # it started from a foreign network
     if name == "random":
         torch.manual_seed(0)
         network = ViT(**network.config).to(device).eval()
@@ -168,6 +216,7 @@ def load_embedder(name, checkpoint=None, device="cpu"):
     meta["pool"] = pooling
     meta["checkpoint"] = str(checkpoint)
     meta["checkpoint_sha256"] = state["sha256"]
+    meta["weights_sha256"] = weights_sha256(network)
     meta["flags"] = state.get("flags")
     meta["step"] = state.get("step")
     meta["parameters"] = sum(p.numel() for p in network.parameters())
@@ -178,10 +227,30 @@ def load_embedder(name, checkpoint=None, device="cpu"):
     return Embedder(embed, meta, seen_ids)
 
 
-def apply_encoder(embed, x, names, device):
-    """Samples (B, C, H, W, S) -> (B, D) float32 on the CPU; names: what an error calls the samples."""
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
-        vectors = embed(x.to(device))  # (B, D)
+def apply_encoder(embedder, x, names=None, device="cpu"):
+    """Samples (B, C, H, W, S) -> their embeddings (B, D), float32 on the CPU, not normalised.
+
+    embedder: what load_embedder gave for this device, or its function alone. x: an array or tensor as
+    read_any and the cache give it, C 1 (grey) or 3 (videos and colour images), uint8 in 0..255 or floats in
+    [0, 1]. names: what an error calls the samples.
+    UserError: another shape, type or range, an encoder that gives no vectors, or vectors that are not finite.
+    """
+    x = torch.as_tensor(x).to(device)
+    if x.ndim != 5 or x.shape[1] not in (1, 3):
+        raise UserError(f"samples must be (B, C, H, W, S) with C 1 or 3, not {tuple(x.shape)}; "
+                        "one sample alone is x[None]")
+    if x.is_floating_point():
+        if (x < -VALUE_TOLERANCE).any() or (x > 1 + VALUE_TOLERANCE).any():
+            raise UserError(f"floats must lie in [0, 1], not in [{x.min():.4g}, {x.max():.4g}]: divide grey "
+                            "values by 255, clip CT to a window and scale it, or let read_any do it")
+        if x.dtype == torch.float64:
+            x = x.float()
+    elif x.dtype != torch.uint8:
+        raise UserError(f"samples must be uint8 in 0..255 or floats in [0, 1], not {x.dtype}")
+
+    embed = embedder.embed if isinstance(embedder, Embedder) else embedder
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+        vectors = embed(x)  # (B, D)
 
     # The encoder may be anybody's.
     if not torch.is_tensor(vectors):
@@ -190,19 +259,59 @@ def apply_encoder(embed, x, names, device):
         raise UserError(f"the encoder gave {tuple(vectors.shape)}, not ({len(x)}, D)")
     finite = vectors.isfinite().all(dim=1)  # (B,)
     if not finite.all():
-        name = names[finite.tolist().index(False)]
+        i = finite.tolist().index(False)
+        name = names[i] if names else f"sample {i}"
         raise UserError(f"{name} embeds to values that are not finite: if it has such, prepare it again")
     return vectors.float().cpu()
 
 
-def list_batches(rows):
+def list_batches(rows, numbers):
     """Row numbers in lists of at most EMBED_BATCH; the samples of a batch have one shape."""
     batches = []
-    for shape in sorted({row["shape"] for row in rows}):
-        members = [i for i, row in enumerate(rows) if row["shape"] == shape]
-        for start in range(0, len(members), EMBED_BATCH):
-            batches.append(members[start:start + EMBED_BATCH])
+    for shape in sorted({rows[i]["shape"] for i in numbers}):
+        members = [i for i in numbers if rows[i]["shape"] == shape]
+        size = EMBED_BATCH[sample_kind(shape)]
+        for start in range(0, len(members), size):
+            batches.append(members[start:start + size])
     return batches
+
+
+def embed_batch(x, rows, embedder, device):
+    """Samples (b, C, H, W, S) of the rows, b at most EMBED_BATCH -> (b, D), whatever the batch they come in."""
+    missing = EMBED_BATCH[sample_kind(x.shape[1:])] - len(x)
+    x = torch.cat([x, x[-1:].expand(missing, -1, -1, -1, -1)])  # (EMBED_BATCH, C, H, W, S)
+    names = [f"{row['folder']}/{row['id']}.npy" for row in rows]
+    names += names[-1:] * missing
+    return apply_encoder(embedder, x, names, device)[:len(rows)]
+
+
+def meet_processes(rows, meta):
+    """Join torchrun's other processes. UserError unless all of them read one checkpoint and one samples.csv."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # the fastest waits for the slowest
+    known = hashlib.sha256(json.dumps([meta, rows]).encode()).hexdigest()
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, known)
+    if len(set(answers)) == 1:
+        return
+    if dist.get_rank() > 0:
+        sys.exit(1)  # the first process says why
+    raise UserError("the processes read different checkpoints or tables: one was replaced meanwhile; start again")
+
+
+def gather_rows(vectors, batches, rank, world):
+    """The first process receives, into its vectors (n, D), the rows of the batches that others embedded."""
+    for other in range(1, world):
+        share = batches[other::world]
+        if not share:
+            continue
+        numbers = np.concatenate(share)
+        if rank == other:
+            dist.send(vectors[numbers], dst=0)
+        if rank == 0:
+            part = torch.empty(len(numbers), vectors.shape[1])
+            dist.recv(part, src=other)
+            vectors[numbers] = part
 
 
 def list_seen(ids, seen_ids):
@@ -214,58 +323,13 @@ def list_seen(ids, seen_ids):
     return [name for name, seen in zip(ids, found) if seen]
 
 
-def embed_rows(rows, embedder, out, device="cpu", workers=2):
-    """Embed rows (of one cache folder) into `out`, by what load_embedder gave; torchrun's processes share."""
-    if not rows:
-        raise UserError("there is no sample to embed: samples.csv has no row")
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    folder = rows[0]["folder"]
-
-    # Every process embeds its share of the batches.
-    batches = list_batches(rows)
-    mine = batches[rank::world]
-    done = []
-    loader = DataLoader(CachedDataset(rows), batch_sampler=mine, num_workers=workers, collate_fn=stack)
-    bar = tqdm(loader, desc="embed", unit="batch", disable=rank > 0, leave=False)
-    for batch, x in zip(mine, bar):
-        names = [f"{folder}/{rows[i]['id']}.npy" for i in batch]
-        done.append(apply_encoder(embedder.embed, x, names, device))
-
-    # The first process joins the parts.
-    with atomic_write(f"{out}.part{rank}") as file:
-        torch.save(done, file)
-    if world > 1:
-        dist.init_process_group("gloo")
-        dist.barrier()
-    if rank > 0:
-        return
-    vectors = None
-    for other in range(world):
-        parts = torch.load(f"{out}.part{other}", weights_only=True)
-        os.remove(f"{out}.part{other}")
-        for batch, part in zip(batches[other::world], parts):
-            if vectors is None:
-                vectors = np.empty((len(rows), part.shape[1]), np.float32)  # (n, D)
-            vectors[batch] = part
-
-    ids = [row["id"] for row in rows]
-    seen = list_seen(ids, embedder.seen_ids)
-    meta = json.dumps(embedder.meta | {"cache": folder, "sizes": read_sizes(folder), "seen": seen})
-    with atomic_write(out) as file:
-        np.savez(file, embeddings=vectors, ids=ids, meta=meta)
-    print(f"{len(rows)} embeddings in {out}")
-
-
-def read_embeddings(path, cache=None):
-    """npz -> Embeddings: rows of its cache's samples.csv in its order, vectors (n, D) float32, meta (a dict)."""
+def read_npz(path):
+    """An embedding file -> EmbeddingFile. UserError if it is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             vectors = file["embeddings"]
             ids = file["ids"]
-            meta = {}
-            if "meta" in file:
-                meta = {"code_sha256": ""} | json.loads(str(file["meta"]))
+            meta = json.loads(str(file["meta"])) if "meta" in file else {}
         if vectors.dtype.kind != "f" or vectors.ndim != 2 or not np.isfinite(vectors).all():
             raise ValueError("embeddings must be finite floats (n, D)")
         if ids.dtype.kind != "U" or ids.shape != vectors.shape[:1]:
@@ -274,15 +338,154 @@ def read_embeddings(path, cache=None):
             raise ValueError("it is empty")
         if len(np.unique(ids)) < len(ids):
             raise ValueError("an id comes twice")
+        if not isinstance(meta, dict):
+            raise ValueError("meta must be a JSON object")
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no embedding file ({error}): make it with embed.py") from None
+    return EmbeddingFile(ids.tolist(), vectors.astype(np.float32), meta)
 
-    folder = cache or meta.get("cache", "")
-    ids = ids.tolist()
+
+def find_difference(meta, other, keys):
+    """The first of the keys that one of two metas lacks, or that differs; None if they agree."""
+    for key in keys:
+        if key not in meta or key not in other or meta[key] != other[key]:
+            return key
+    return None
+
+
+def find_kept(rows, embedder, out, device):
+    """What of an existing file `out` may stay -> Kept; None, and a line that says why, if nothing may.
+
+    The file must be of this encoder and cache, and newer than the sample. One sample of each shape is
+    embedded again: a foreign encoder may have other weights by now, another machine other digits.
+    """
+    folder = rows[0]["folder"]
+    try:
+        file = read_npz(out)
+    except UserError as error:
+        print(f"{error}; all samples are embedded anew")
+        return None
+    differs = find_difference(file.meta, embedder.meta | {"sizes": read_sizes(folder)}, MUST_MATCH)
+    if differs:
+        print(f"{out} is of another encoder ({differs} differs): all samples are embedded anew")
+        return None
+    if os.path.realpath(file.meta.get("cache", "")) != os.path.realpath(folder):
+        print(f"{out} is of another cache ({file.meta.get('cache')}): all samples are embedded anew")
+        return None
+
+    # A sample is kept if its array was last written, or put in its place, before the file.
+    written = os.stat(out).st_mtime_ns
+    place = {name: i for i, name in enumerate(file.ids)}
+    numbers = []
+    for i, row in enumerate(rows):
+        array = Path(folder, f"{row['id']}.npy")
+        if row["id"] in place and array.exists():
+            status = array.stat()
+            if max(status.st_mtime_ns, status.st_ctime_ns) < written:
+                numbers.append(i)
+    vectors = torch.from_numpy(file.vectors[[place[rows[i]["id"]] for i in numbers]])  # (kept, D)
+    dropped = len(place.keys() - {row["id"] for row in rows})
+
+    shapes_seen = set()
+    for i, vector in zip(numbers, vectors):
+        if rows[i]["shape"] in shapes_seen:
+            continue
+        shapes_seen.add(rows[i]["shape"])
+        x = torch.from_numpy(load_sample(folder, rows[i]))[None]  # (1, C, H, W, S)
+        if not torch.equal(embed_batch(x, [rows[i]], embedder, device)[0], vector):
+            print(f"{out} is not what this encoder gives here and now (other weights, another machine, torch "
+                  "or number of threads): all samples are embedded anew")
+            return None
+    return Kept(numbers, vectors, dropped)
+
+
+def embed_share(vectors, rows, batches, embedder, device, workers, quiet):
+    """Embed the batches into their rows of vectors (n, D), which is made if it is None -> vectors."""
+    loader = DataLoader(CachedDataset(rows), batch_sampler=batches, num_workers=workers, collate_fn=stack)
+    bar = tqdm(loader, desc="embed", unit="batch", disable=quiet, leave=False)
+    for batch, x in zip(batches, bar):
+        found = embed_batch(x, [rows[i] for i in batch], embedder, device)  # (b, D)
+        if vectors is None:
+            vectors = torch.empty(len(rows), found.shape[1])
+        if found.shape[1] != vectors.shape[1]:
+            raise UserError(f"the encoder gave vectors of {vectors.shape[1]} and of {found.shape[1]} numbers")
+        vectors[batch] = found
+    return vectors
+
+
+def embed_rows(rows, embedder, out, device="cpu", workers=2):
+    """Embed rows (of one cache folder) into `out`, by what load_embedder gave; torchrun's processes share.
+
+    What an existing `out` holds of the same encoder and cache is kept, and only the rest is embedded. The
+    file is, to the last digit, what embedding all of them gives.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        meet_processes(rows, embedder.meta)
+
+    # The first process decides what is to be done.
+    started = time.time_ns()
+    kept = None
+    if rank == 0 and os.path.exists(out):
+        kept = find_kept(rows, embedder, out, device)
+    kept = kept or Kept([], None, 0)
+    todo = sorted(set(range(len(rows))) - set(kept.numbers))
+    if world > 1:
+        answer = [todo]
+        dist.broadcast_object_list(answer, src=0)
+        todo = answer[0]
+
+    # Every process embeds its share of the batches, and the first gathers them.
+    vectors = None  # (n, D)
+    if kept.numbers:
+        vectors = torch.empty(len(rows), kept.vectors.shape[1])
+        vectors[kept.numbers] = kept.vectors
+    batches = list_batches(rows, todo)
+    vectors = embed_share(vectors, rows, batches[rank::world], embedder, device, workers, quiet=rank > 0)
+    gather_rows(vectors, batches, rank, world)
+    if rank > 0:
+        return
+
+    ids = [row["id"] for row in rows]
+    folder = rows[0]["folder"]
+    seen = list_seen(ids, embedder.seen_ids)
+    meta = json.dumps(embedder.meta | {"cache": folder, "sizes": read_sizes(folder), "seen": seen})
+    with atomic_write(out) as file:
+        np.savez(file, embeddings=vectors.numpy(), ids=ids, meta=meta)
+    os.utime(out, ns=(started, started))  # a sample that was written since then is newer than the file
+    print(f"{len(rows)} embeddings in {out}: {len(kept.numbers)} kept, {len(todo)} embedded, "
+          f"{kept.dropped} dropped")
+
+
+def find_cache(path, meta):
+    """The cache folder that an embedding file is of: where its meta says, seen from here or from the file."""
+    if "cache" not in meta:
+        raise UserError(f"{path} does not say which cache it is of: give --cache FOLDER")
+    folder = Path(meta["cache"])
+    beside = Path(path).parent
+    for place in (folder, beside / folder, beside / folder.name):
+        if (place / "samples.csv").is_file():
+            return place
+    raise UserError(f"{path}: its cache {folder} is not there, nor beside the file: give --cache FOLDER")
+
+
+def read_embeddings(path, cache=None):
+    """An npz of embeddings -> Embeddings: rows of its cache's samples.csv in its order, vectors, meta.
+
+    cache: the folder of the samples; default: where meta says, else the folder of that name beside the npz.
+    UserError: no such file, another content, a cache that is not found or lacks samples of it.
+    """
+    file = read_npz(path)
+    folder = cache or find_cache(path, file.meta)
     rows = {row["id"]: row for row in read_samples(folder)}
-    if not rows.keys() >= set(ids):
-        raise UserError(f"{path} holds ids that are not in {folder}: give the cache it is of")
-    return Embeddings([rows[name] for name in ids], vectors.astype(np.float32), meta)
+    missing = len(file.ids) - len(rows.keys() & set(file.ids))
+    if missing == len(file.ids):
+        raise UserError(f"{path} holds ids that are not in {folder}, all of them: give the cache it is of")
+    if missing:
+        raise UserError(f"{path} holds {missing} ids that are not in {folder}: the cache has changed since: "
+                        "embed it again")
+    return Embeddings([rows[name] for name in file.ids], file.vectors, file.meta)
 
 
 def picture(sample, caption, colour=(90, 90, 90), size=192):
@@ -296,12 +499,11 @@ def picture(sample, caption, colour=(90, 90, 90), size=192):
     return torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255  # (3, y, x)
 
 
-def find_difference(meta, other, keys):
-    """The first of the keys that one of two metas lacks, or that differs; None if they agree."""
-    for key in keys:
-        if key not in meta or key not in other or meta[key] != other[key]:
-            return key
-    return None
+class Query(NamedTuple):
+    """A file that is looked for."""
+    path: str
+    vector: torch.Tensor  # (D,)
+    tile: torch.Tensor  # (3, y, x), its picture
 
 
 def read_paths(folder):
@@ -313,77 +515,199 @@ def read_paths(folder):
         return {line["id"]: line["path"] for line in csv.DictReader(file)}
 
 
-def search_file(path, galleries, top=3, figure=None, checkpoint=None, modality=None, device="cpu"):
-    """Embed one medical file as the galleries were and print its nearest samples; the figure has no path."""
-    rows, vectors, paths = [], [], {}
-    meta = None
-    for gallery in galleries:
-        found = read_embeddings(gallery)
-        meta = meta or found.meta  # of the first
-        differs = find_difference(found.meta, meta, MUST_MATCH)
+def read_galleries(paths, caches):
+    """Embedding files of one encoder, and where their caches are now (or None) -> list of Embeddings."""
+    galleries = []
+    samples = set()
+    for path, cache in zip(paths, caches):
+        gallery = read_embeddings(path, cache)
+        galleries.append(gallery)
+        differs = find_difference(gallery.meta, galleries[0].meta, MUST_MATCH)
         if differs:
-            raise UserError(f"{gallery} says no {differs}, or another than {galleries[0]}: embed again")
-        rows += found.rows
-        vectors.append(found.vectors)
-        paths |= read_paths(found.meta["cache"])
+            raise UserError(f"{path} says no {differs}, or another than {paths[0]}: embed again")
 
+        folder = os.path.realpath(gallery.rows[0]["folder"])
+        own = {(folder, row["id"]) for row in gallery.rows}
+        if own & samples:
+            raise UserError(f"{path} holds samples of {folder} that another gallery holds: name them once")
+        samples |= own
+    return galleries
+
+
+def load_gallery_encoder(galleries, paths, checkpoint, device):
+    """The Embedder that made the galleries, read from these paths. UserError if it is another by now."""
+    meta = galleries[0].meta
     embedder = load_embedder(meta["encoder"], checkpoint or meta["checkpoint"], device)
+    source = checkpoint or meta["checkpoint"] or meta["encoder"]
     if find_difference(embedder.meta, meta, SAME_ENCODER):
-        raise UserError(f"{checkpoint or meta['checkpoint'] or meta['encoder']} is not what made {galleries[0]}: "
-                        "give its --checkpoint")
+        raise UserError(f"{source} is not what made {paths[0]}: give its --checkpoint")
+    if not meta["code_sha256"]:
+        return embedder
 
-    # A file that does not say its modality has the gallery's, if that holds one only.
+    # Nobody knows the weights of a foreign encoder: what it answers to one sample of each gallery tells.
+    for gallery, path in zip(galleries, paths):
+        row = gallery.rows[0]
+        x = torch.from_numpy(load_sample(row["folder"], row))[None]  # (1, C, H, W, S)
+        answer = apply_encoder(embedder, x, [row["id"]], device)[0]  # (D,)
+        stored = torch.from_numpy(gallery.vectors[0])  # (D,)
+        if len(answer) != len(stored) or (answer - stored).norm() > ANSWER_TOLERANCE * stored.norm():
+            raise UserError(f"{source} no longer gives the embeddings of {path}: embed its cache again")
+    return embedder
+
+
+def read_queries(paths, modality, likely, sizes, embedder, device):
+    """Embed medical files, prepared in these sizes -> list of Query; those that are refused are named on stderr.
+
+    modality is what all files are; likely is what those are that do not say it themselves. Both may be None.
+    """
+    queries = []
+    for path in paths:
+        try:
+            shown, sample = read_any(path, modality, likely, **sizes)
+            vector = apply_encoder(embedder, sample[None], [path], device)[0]  # (D,)
+        except (UserError, OSError) as error:
+            reason = str(error)
+            if str(path) not in reason:
+                reason = f"{path}: {reason}"
+            print(f"embed.py: {reason}", file=sys.stderr)
+        else:
+            queries.append(Query(path, vector, picture(sample, f"query ({shown})")))
+    return queries
+
+
+def list_hits(query, scores, indices, rows, sources):
+    """The hits of a query, best first, each as HIT_COLUMNS; sources: {cache: {id: path of its file}}."""
+    hits = []
+    for rank, (score, i) in enumerate(zip(scores.tolist(), indices.tolist()), start=1):
+        row = rows[i]
+        labels = "|".join(row["labels"])
+        path = sources[row["folder"]].get(row["id"], "")
+        hits.append([query.path, rank, f"{score:.6f}", row["modality"], labels, row["folder"], row["id"], path])
+    return hits
+
+
+def format_table(lines, delimiter):
+    """HIT_COLUMNS and lines of that many values -> the bytes of a table that every csv reader takes."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    table.writerow(HIT_COLUMNS)
+    table.writerows(lines)
+    return text.getvalue().encode("utf-8", "backslashreplace")  # a file name may be no UTF-8
+
+
+def draw_hits(path, queries, scores, indices, rows):
+    """Write a picture: every query begins a row, its hits follow behind it. No path is on it."""
+    lines = []
+    for query, query_scores, query_indices in zip(queries, scores.tolist(), indices.tolist()):
+        tiles = [query.tile]
+        for rank, (score, i) in enumerate(zip(query_scores, query_indices), start=1):
+            row = rows[i]
+            caption = f"{rank}. {score:.3f} {row['modality']}\n{' | '.join(row['labels'])}"
+            tiles.append(picture(load_sample(row["folder"], row), caption))
+        for start in range(0, len(tiles), TILES_IN_A_ROW):
+            lines.append(tiles[start:start + TILES_IN_A_ROW])
+    save_montage(path, lines)
+
+
+def search_files(args, device):
+    """Embed the files of --search as the galleries were, and print or write their nearest samples.
+
+    Returns the number of files that could not be searched for.
+    """
+    caches = args.caches or [None]
+    if len(caches) == 1:
+        caches = caches * len(args.gallery)
+    galleries = read_galleries(args.gallery, caches)
+    embedder = load_gallery_encoder(galleries, args.gallery, args.checkpoint, device)
+    rows = []
+    for gallery in galleries:
+        rows += gallery.rows
+
+    # A file that does not say its modality has the galleries', if they hold one only.
     modalities = {row["modality"] for row in rows}
     likely = modalities.pop() if len(modalities) == 1 else None
-    modality, sample = read_any(path, modality, likely, **meta["sizes"])
-    x = torch.from_numpy(sample)[None]  # (1, C, H, W, S)
-    query = apply_encoder(embedder.embed, x, [path], device)  # (1, D)
-    scores, indices = search(query, np.concatenate(vectors), top)  # (1, k)
+    sizes = galleries[0].meta["sizes"]
+    queries = read_queries(args.search, args.modality, likely, sizes, embedder, device)
+    if not queries:
+        return len(args.search)
 
-    tiles = [picture(sample, f"query ({modality})")]
-    print("rank  cosine  modality    labels  id  file")
-    for place, (score, i) in enumerate(zip(scores[0].tolist(), indices[0].tolist()), start=1):
-        row = rows[i]
-        labels = " | ".join(row["labels"])
-        source = paths.get(row["id"], "")
-        print(f"{place:4}  {score:6.3f}  {row['modality']:10}  {labels}  {row['id']}  {source}")
-        caption = f"{place}. {score:.3f} {row['modality']}\n{labels}"
-        tiles.append(picture(load_sample(row["folder"], row), caption))
-    if figure:
-        save_montage(figure, [tiles])
+    query_vectors = torch.stack([query.vector for query in queries])  # (m, D)
+    gallery_vectors = np.concatenate([gallery.vectors for gallery in galleries])  # (n, D)
+    scores, indices = search(query_vectors, gallery_vectors, args.top or 3)  # (m, k) each
+    sources = {folder: read_paths(folder) for folder in {row["folder"] for row in rows}}
+    hits = []
+    for i, query in enumerate(queries):
+        hits += list_hits(query, scores[i], indices[i], rows, sources)
+    if args.out:
+        with atomic_write(args.out, mode=0o600) as file:  # paths of files can identify a patient
+            file.write(format_table(hits, ","))
+        print(f"{len(hits)} hits of {len(queries)} files in {args.out}")
+    else:
+        print(format_table(hits, "\t").decode(), end="")
+    if args.figure:
+        draw_hits(args.figure, queries, scores, indices, rows)
+    return len(args.search) - len(queries)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flag = parser.add_argument
+    flag("folder", nargs="?", metavar="cache", help="folder to embed, cache/NAME")
+    flag("--checkpoint", help="runs/NAME/checkpoint.pt; with --search: if the gallery's has moved")
+    flag("--encoder", help="m3ret (default), random, pixels or module:function (docs/baselines.md)")
+    flag("--out", help="file to write: .npz (default emb.npz), with --search .csv (default: print)")
+    flag("--workers", type=int, help="reading processes (default 2); more if the GPU waits")
+    search_flags = parser.add_argument_group("search").add_argument
+    search_flags("--search", nargs="+", metavar="FILE",
+                 help="what to look for: DICOM files, series folders, NIfTI, images or videos")
+    search_flags("--gallery", nargs="+", metavar="NPZ", help="what to search: files of one encoder")
+    search_flags("--cache", nargs="+", dest="caches", metavar="FOLDER",
+                 help="where the galleries' caches are now, one for all or one each, if they have moved")
+    search_flags("--top", type=int, help="hits of a file (default 3)")
+    search_flags("--modality", choices=MODALITIES,
+                 help="of the files; default: their DICOM tag, or the gallery's only one")
+    search_flags("--figure", metavar="PNG", help="draw the files and their hits (.png, .jpg)")
+    args = parser.parse_args()
+
+    if args.folder is None and args.search is None:
+        parser.error("give a cache folder to embed, or --search FILE with --gallery NPZ")
+    if args.folder and args.search:
+        parser.error(f"{args.folder} is to be embedded and --search to be looked for: give one of the two")
+    if args.search and not args.gallery:
+        parser.error("--search needs a --gallery NPZ, made by embedding a cache")
+    if args.search and (args.encoder or args.workers is not None):
+        parser.error("--encoder and --workers are of embedding; --search takes the gallery's encoder")
+    if args.folder and (args.gallery or args.caches or args.top or args.modality or args.figure):
+        parser.error("--gallery, --cache, --top, --modality and --figure belong to --search")
+    if args.caches and len(args.caches) not in (1, len(args.gallery)):
+        parser.error("give one --cache for all of --gallery, or one for each")
+    if args.workers is not None and args.workers < 0:
+        parser.error("--workers counts from 0")
+    if args.top is not None and args.top < 1:
+        parser.error("--top counts from 1")
+    ending = ".csv" if args.search else ".npz"
+    if args.out and not args.out.endswith(ending):
+        parser.error(f"--out {args.out}: this file must end in {ending}")
+    if args.figure and Path(args.figure).suffix.lower() not in PICTURE_FORMATS:
+        parser.error(f"--figure {args.figure}: its name must end in {', '.join(PICTURE_FORMATS)}")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    flag = parser.add_argument
-    flag("cache", nargs="?", help="folder to embed, cache/NAME")
-    flag("--checkpoint", help="runs/NAME/checkpoint.pt; with --search: if the gallery's has moved")
-    flag("--encoder", default="m3ret", help="m3ret, random, pixels or module:function (docs/baselines.md)")
-    flag("--out", default="emb.npz", help="file to write (default emb.npz)")
-    flag("--workers", type=int, default=2, help="reading processes (default 2); more if the GPU waits")
-    flag("--search", metavar="FILE", help="DICOM file, series folder, NIfTI, image or video to look for")
-    flag("--gallery", nargs="+", metavar="NPZ", help="what to search: files of one encoder and checkpoint")
-    flag("--top", type=int, default=3, help="results of a search (default 3)")
-    flag("--modality", choices=MODALITIES, help="of FILE; default: its DICOM tag, or the gallery's only one")
-    flag("--figure", metavar="PNG", help="draw the query and its results")
-    args = parser.parse_args()
-    if not args.cache and not args.search:
-        parser.error("give a cache folder to embed, or --search FILE with --gallery NPZ")
-    if args.cache and args.search:
-        parser.error(f"{args.cache} is to be embedded, {args.search} to be searched for: give one of the two")
-    if args.search and not args.gallery:
-        parser.error("--search needs a --gallery NPZ, made by embedding a cache")
-    if args.gallery and not args.search:
-        parser.error("--gallery belongs to --search FILE")
-    if args.workers < 0:
-        parser.error("--workers counts from 0")
-
+    args = parse_arguments()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if args.search:
-        search_file(args.search, args.gallery, args.top, args.figure, args.checkpoint, args.modality, device)
-    else:
-        embedder = load_embedder(args.encoder, args.checkpoint, device)
-        embed_rows(read_samples(args.cache), embedder, args.out, device, args.workers)
+        refused = search_files(args, device)
+        if refused:
+            sys.exit(1)
+        return
+
+    embedder = load_embedder(args.encoder or "m3ret", args.checkpoint, device)
+    rows = read_samples(args.folder)
+    if not rows:
+        raise UserError(f"{args.folder}/samples.csv holds no sample: there is nothing to embed")
+    workers = 2 if args.workers is None else args.workers
+    embed_rows(rows, embedder, args.out or "emb.npz", device, workers)
 
 
 if __name__ == "__main__":
