@@ -703,11 +703,8 @@ def main():
         return
 
     embedder = load_embedder(args.encoder or "m3ret", args.checkpoint, device)
-    rows = read_samples(args.folder)
-    if not rows:
-        raise UserError(f"{args.folder}/samples.csv holds no sample: there is nothing to embed")
     workers = 2 if args.workers is None else args.workers
-    embed_rows(rows, embedder, args.out or "emb.npz", device, workers)
+    embed_rows(read_samples(args.folder), embedder, args.out or "emb.npz", device, workers)
 
 
 if __name__ == "__main__":
