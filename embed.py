@@ -464,7 +464,8 @@ def find_kept(rows, embedder, out, device):
         return NOTHING_KEPT
     differs = find_difference(file.meta, embedder.meta | {"sizes": read_sizes(folder)}, MUST_MATCH)
     if differs:
-        print(f"{out} is of another encoder ({differs} differs): all samples are embedded anew")
+        print(f"{out} is of another encoder (it says no {differs}, or another): all samples are "
+              "embedded anew")
         return NOTHING_KEPT
     cache = file.meta.get("cache", "")
     if os.path.realpath(cache) != os.path.realpath(folder):
