@@ -63,8 +63,8 @@ def deflated_bomb(path):
 
 NOISE = np.random.default_rng(0).integers(0, 99, (20, 40, 40), np.int16)
 BAD = {  # name: (maker, expected reason; "" = kept)
-    "empty.dcm": (lambda p: p.touch(), "empty, locked"),
-    "empty.nii.gz": (lambda p: p.touch(), "empty, locked"),
+    "empty.dcm": (lambda p: p.touch(), "empty file"),
+    "empty.nii.gz": (lambda p: p.touch(), "empty file"),
     "page.dcm": (lambda p: p.write_text("<html>login</html>" * 99), "not a DICOM"),
     "page.nii.gz": (lambda p: p.write_text("<html>login</html>" * 99), "not a NIfTI file"),
     "page.png": (lambda p: p.write_text("<html>login</html>" * 99), "UnidentifiedImageError"),
@@ -255,11 +255,25 @@ def test_ids_depend_on_the_key_and_patients_are_hashed(tmp_path, monkeypatch):
     ids = {}
     key = ["--key-file", tmp_path / "keys/new.key"]
     for name, args in {"a": [], "b": key, "c": key}.items():
-        kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args, name=name)
+        kept, _ = prepare_main(monkeypatch, tmp_path / name, "folder", tmp_path / "data", *args)
         assert len({row["patient"] for row in kept.values()}) == 1 and kept["0.dcm"]["labels"] == ("chest",)
         ids[name] = [row["id"] for row in kept.values()] + [kept["0.dcm"]["patient"]]
     assert ids["a"] != ids["b"] == ids["c"] and all(re.fullmatch("[0-9a-f]{16}", name) for name in ids["b"])
     assert stat.S_IMODE((tmp_path / "keys/new.key").stat().st_mode) == 0o600
+
+
+def test_equal_paths_in_two_caches_are_two_samples_and_two_patients(tmp_path, monkeypatch):
+    """Two hospitals, each with its 0.dcm of a patient 77; a public data set has the same ids under any name."""
+    dicom(tmp_path / "data/0.dcm", SPOT)
+    one, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", name="one")
+    two, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", name="two")
+    assert one["0.dcm"]["id"] != two["0.dcm"]["id"] and one["0.dcm"]["patient"] != two["0.dcm"]["patient"]
+    chest_ct(tmp_path / "ct")
+    sizes = ["--size", 16, "--slices", 4]
+    one, _ = prepare_main(monkeypatch, tmp_path, "ct_rate", tmp_path / "ct", *sizes, name="rate")
+    two, _ = prepare_main(monkeypatch, tmp_path, "ct_rate", tmp_path / "ct", *sizes, name="again")
+    assert [row["id"] for row in one.values()] == [row["id"] for row in two.values()]
+    assert {row["id"] for row in one.values()} == {prepare.pseudonym(prepare.PUBLIC_KEY, path) for path in one}
 
 
 def tree(folder):
@@ -313,14 +327,14 @@ def test_kill_at_random_moments_then_resume_is_byte_for_byte_the_same(tmp_path):
 def test_shards_together_are_the_whole(tmp_path, monkeypatch, capsys):
     many(tmp_path / "data", 12)
     args = ["folder", tmp_path / "data", "--modality", "ct"]
-    prepare_main(monkeypatch, tmp_path, *args, name="whole")
-    for name, shards in (("zero", ["0/2", "1/2"]), ("one", ["1/3", "2/3", "3/3"])):
+    prepare_main(monkeypatch, tmp_path / "whole", *args)
+    for run, shards in (("two", ["0/2", "1/2"]), ("three", ["2/3", "0/3", "1/3"])):
         for part in shards:
-            command(monkeypatch, *args, "--name", name, "--out", tmp_path / "cache", "--shard", part)
-            assert not (tmp_path / "cache" / name / "samples.csv").exists()
-        kept, rejected = prepare_main(monkeypatch, tmp_path, *args, name=name)
+            command(monkeypatch, *args, "--name", "x", "--out", tmp_path / run / "cache", "--shard", part)
+            assert not (tmp_path / run / "cache/x/samples.csv").exists()
+        kept, rejected = prepare_main(monkeypatch, tmp_path / run, *args)
         assert len(kept) == 18 and list(rejected) == ["broken.png"]
-        assert tree(tmp_path / "cache" / name) == tree(tmp_path / "cache/whole")
+        assert tree(tmp_path / run / "cache/x") == tree(tmp_path / "whole/cache/x")
 
 
 def test_reading_a_cache_names_the_file_and_the_remedy(tmp_path, monkeypatch):
@@ -343,7 +357,7 @@ def test_reading_a_cache_names_the_file_and_the_remedy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args, message", [
     (["folder", "nowhere"], "nowhere: no such folder"), (["folder", "empty"], "holds no files"),
-    (["folder"], "no such folder"), (["chestxray14", "empty"], "Data_Entry_2017"),
+    (["chestxray14", "empty"], "Data_Entry_2017"),
     (["folder", "text"], "nothing in text could be read"),
     (["folder", "text", "--labels", "no.csv"], "no.csv: no such file"),
     (["kvasir_capsule", "text"], "holds no CLASS/VIDEO_FRAME.jpg"),
@@ -367,9 +381,11 @@ def test_exit_codes_and_one_line_on_stderr(tmp_path):
         program = [sys.executable, str(ROOT / "prepare.py"), *args]
         return subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
 
+    done = run("folder")
+    assert done.returncode == 2 and "SOURCE is missing" in done.stderr
     done = run("folder", ".")
     assert done.returncode == 1 and done.stderr.startswith("prepare.py: nothing in") and done.stderr.count("\n") == 1
-    for wrong in (["--shard", "3/2"], ["--shard", "0/0"], ["--name", "../../etc"], ["--name", ".x"], ["--size", "0"]):
+    for wrong in (["--shard", "2/2"], ["--shard", "0/0"], ["--shard", "1"], ["--name", "../../etc"], ["--name", ".x"], ["--size", "0"]):
         done = run("folder", ".", *wrong)
         assert done.returncode == 2 and "Traceback" not in done.stderr, wrong
 
@@ -655,7 +671,8 @@ def test_runs_that_start_together_take_the_key_of_the_first(tmp_path):
 def test_temporary_files_of_another_run_are_left_alone(tmp_path, monkeypatch):
     """The other run is at the very sample that this one makes too."""
     png(tmp_path / "data/a.png")
-    name = prepare.pseudonym(prepare.PUBLIC_KEY, "a.png")
+    key = prepare.key_of_cache(prepare.PUBLIC_KEY, "x")
+    name = prepare.possible_ids(prepare.Sample(["a.png"], "image"), key, own_files=True)["xray"]
     other = tmp_path / f"cache/x/.{name}.npy.12345678.tmp"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"half")
@@ -672,7 +689,7 @@ def test_own_caches_and_hidden_folders_are_not_read_and_said(tmp_path, monkeypat
     kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, "--modality", "xray")
     assert set(kept) == {"a.png", "recipes/c.png"}
     assert {path: reason.split(",")[0] for path, reason in rejected.items()} == {
-        ".Trash": "hidden", "sub/.snapshot": "hidden", "__MACOSX": "hidden", "cache/own": "empty",
+        ".Trash": "hidden", "sub/.snapshot": "hidden", "__MACOSX": "hidden", "cache/own": "cache of this program",
         "recipes/recipe.json": "not a DICOM"}
 
 
