@@ -75,7 +75,8 @@ MIN_SLICES = 8
 MIN_RUN = 16  # frames of a Kvasir clip (Appendix C)
 
 # What one sample may take of the machine, so that a broken file cannot hold up the run.
-SECONDS = 60  # of time, and 1 s more per MB of its files
+SECONDS = 60  # of processor time, and 1 s more per MB of its files
+PATIENCE = 10  # times as long may pass on the clock: a busy machine is no fault of the file
 MEMORY = 6 * 2**30  # bytes that a child process may add to those of its parent
 PIXELS = 50_000_000  # of one image
 # A child process makes so many samples, then another takes over: decoders leak memory.
@@ -1013,11 +1014,17 @@ def sample_frames(n, k, seed, notes):
 
 
 # ---- workers: every file is read in a child process ----------------------------------------------
+def limit_time(seconds):
+    """End this process by a signal after so much processor time, or PATIENCE times as much on the clock; 0: never."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)  # SIGALRM
+
+
 def decode(sample, source, size, slices, frames):
     """Read a sample -> array (C, H, W, S), uint8 from 8-bit sources and float16 from deeper ones, and its notes."""
     paths = [os.path.join(source, path) for path in sample.files]
     megabytes = sum(os.path.getsize(path) for path in paths) / 1e6
-    signal.alarm(SECONDS + int(megabytes))
+    limit_time(SECONDS + megabytes)
 
     content = READERS[sample.kind](paths, sample, frames, int(sample.id, 16))  # the id seeds the choice of frames
     notes = set(content.notes)
@@ -1045,7 +1052,7 @@ def limit_process():
     os.dup2(nowhere, 2)
 
     # A handler in Python would wait for a decoder that hangs in C; the default action does not.
-    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
     # Addresses are limited, of which torch has taken many that it never uses: count from there.
@@ -1059,15 +1066,24 @@ def limit_process():
 
 def answer_to(task, item):
     """task(item), or the Rejected of this item, or a UserError, which is no item's fault."""
-    signal.alarm(SECONDS)  # decode sets its own
+    limit_time(SECONDS)  # decode allows large files more
     try:
         answer = task(item)
     except (Rejected, UserError) as error:
         answer = type(error)(*error.args)  # a copy, since the original holds the frames of its traceback, and these the pixels
     except BaseException as error:  # decoders raise all there is, KeyboardInterrupt included
         answer = Rejected("cannot be decoded", f"{type(error).__name__} {error}")
-    signal.alarm(0)
+    limit_time(0)
     return answer
+
+
+def why_it_died(exit_code):
+    """The Rejected of an item whose process died of it."""
+    if exit_code == -signal.SIGPROF:
+        return Rejected("timed out: too much processor time")
+    if exit_code == -signal.SIGALRM:
+        return Rejected("timed out: too long on the clock")
+    return Rejected(f"decoder crashed (exit code {exit_code})")
 
 
 def worker_loop(task, item, pipe, parent_ends):
@@ -1128,8 +1144,7 @@ def run_in_workers(task, items, workers):
                 if not work.is_first:
                     start(work.item)
                     continue
-                cause = "timed out" if work.process.exitcode == -signal.SIGALRM else "decoder crashed"
-                answer = Rejected(f"{cause} (exit code {work.process.exitcode})")
+                answer = why_it_died(work.process.exitcode)
             if isinstance(answer, UserError):
                 raise answer
 

@@ -157,8 +157,8 @@ def test_no_file_disappears(bad):
 
 
 @pytest.mark.parametrize("trouble, expected", [
-    ("abort", "decoder crashed (exit code -6)"), ("crash", "decoder crashed (exit code -11)"), ("hang", "timed out (exit code -14)"),
-    ("memory", "cannot be decoded: MemoryError"), ("exit", "decoder crashed (exit code 0)"),
+    ("abort", "decoder crashed (exit code -6)"), ("crash", "decoder crashed (exit code -11)"), ("hang", "timed out: too long on the clock"),
+    ("loop", "timed out: too much processor time"), ("memory", "cannot be decoded: MemoryError"), ("exit", "decoder crashed (exit code 0)"),
     ("panic", "cannot be decoded: KeyboardInterrupt")])
 def test_no_decoder_can_end_or_hang_the_run(tmp_path, monkeypatch, trouble, expected):
     real = prepare.decode
@@ -171,17 +171,32 @@ def test_no_decoder_can_end_or_hang_the_run(tmp_path, monkeypatch, trouble, expe
             elif trouble == "panic":
                 raise KeyboardInterrupt("SECRETNAME")
             {"abort": os.abort, "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV), "hang": lambda: time.sleep(60),
-             "exit": lambda: os._exit(0)}[trouble]()
+             "loop": lambda: pow(3, 10 ** 9), "exit": lambda: os._exit(0)}[trouble]()
         return real(job, *args, **sizes)
 
     monkeypatch.setattr(prepare, "decode", decode)
     monkeypatch.setattr(prepare, "SECONDS", 1)
+    monkeypatch.setattr(prepare, "PATIENCE", 10 if trouble == "loop" else 2)
     monkeypatch.setattr(prepare, "MEMORY", 1 << 29)
     for n in range(6):
         Image.fromarray(SPOT).save(tmp_path / f"{n}.png")
     kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path, "--modality", "xray")
     assert sorted(kept) == ["0.png", "1.png", "2.png", "4.png", "5.png"] and list(rejected) == ["3.png"]
     assert rejected["3.png"].startswith(expected)
+
+
+def test_a_busy_machine_costs_no_file(monkeypatch):
+    """Waiting for a processor, a disk or a network counts a tenth: an item may take 2 s of a limit of 1 s."""
+    monkeypatch.setattr(prepare, "SECONDS", 1)
+    answers = dict(prepare.run_in_workers(lambda item: time.sleep(2) or item, [7], 1))
+    assert answers == {7: 7}
+
+
+def test_a_worker_is_replaced_before_leaks_add_up(monkeypatch):
+    monkeypatch.setattr(prepare, "SAMPLES_PER_WORKER", 3)
+    answers = dict(prepare.run_in_workers(lambda item: (item, os.getpid()), list(range(10)), 1))
+    assert [answers[item][0] for item in range(10)] == list(range(10))
+    assert len({pid for _, pid in answers.values()}) == 4
 
 
 def test_a_full_disk_ends_the_run_and_blames_no_file(tmp_path, monkeypatch):
