@@ -37,6 +37,7 @@ import signal
 import stat
 import sys
 import tempfile
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict, deque
 from contextlib import contextmanager, suppress
@@ -1388,7 +1389,7 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
 
 # ---- command line --------------------------------------------------------------------------------
 def parse_arguments():
-    """The command line as a Namespace, complete: sizes, `folder` of the cache, `part` of a shard as a slice."""
+    """The command line, and what follows from it: `folder` of the cache, `part` as a slice, `own_files`."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", choices=DATASETS)
@@ -1426,6 +1427,7 @@ def parse_arguments():
         parser.error("--shard is I/N, and I counts from 0 to N - 1")
     options.part = slice(int(shard["part"]), None, int(shard["parts"]))
     options.folder = Path(options.out, options.name)
+    options.own_files = options.dataset in ("folder", "demo")
     return options
 
 
@@ -1454,13 +1456,27 @@ def find_all(options):
     return samples, rejected
 
 
-def remove_outdated(samples, folder, key, own_files):
-    """Delete the arrays of samples that were made as another modality."""
+def last_change(paths):
+    """When the newest of the files was written, copied or put in its place, in ns."""
+    now = time.time_ns()
+    times = [0]
+    for path in paths:
+        with suppress(OSError):  # a file that has vanished: reading it will say so
+            for status in (os.stat(path), os.lstat(path)):  # of the file, and of a link to it
+                times += [status.st_mtime_ns, status.st_ctime_ns]
+    return max(change for change in times if change <= now)  # a wrong clock may have set times to come
+
+
+def remove_outdated(samples, options, key):
+    """Delete the arrays of samples whose files have changed since, and those made as another modality."""
+    made = {path.stem: path.stat().st_mtime_ns for path in options.folder.glob("*.npy")}
     for sample in samples:
-        for modality, name in possible_ids(sample, key, own_files).items():
-            array = folder / f"{name}.npy"
-            if modality != sample.modality:
-                array.unlink(missing_ok=True)
+        for modality, name in possible_ids(sample, key, options.own_files).items():
+            if name not in made:
+                continue
+            paths = [os.path.join(options.source, path) for path in sample.files]
+            if modality != sample.modality or last_change(paths) > made[name]:
+                (options.folder / f"{name}.npy").unlink(missing_ok=True)
 
 
 def make_arrays(samples, options):
@@ -1508,20 +1524,19 @@ def main():
         raise UserError(f"{options.source}: no such folder; give the folder that holds the data")
 
     # A cache remembers, once it holds a sample, what it is made with.
-    own_files = options.dataset in ("folder", "demo")
     key = read_key(options.key_file)
     recipe = {"version": VERSION, "dataset": options.dataset, "name": options.name, "size": options.size,
               "slices": options.slices, "frames": options.frames, "another key": pseudonym(key, "key"),
               "another source": pseudonym(key, os.path.realpath(options.source))}
     check_recipe(options.folder, recipe)
-    if own_files:
+    if options.own_files:
         key = key_of_cache(key, options.name)
 
     samples, rejected = find_all(options)
     if options.dataset == "folder" and not options.key_file:
         print("note: ids are made with a public key: anyone can test a guess; patients' data need --key-file")
     for sample in samples:
-        sample.id = possible_ids(sample, key, own_files).get(sample.modality, "")
+        sample.id = possible_ids(sample, key, options.own_files).get(sample.modality, "")
         sample.patient = pseudonym(key, sample.patient)
     named = [sample for sample in samples if sample.modality]
     named.sort(key=lambda sample: sample.id)  # an order that tells nothing, and parts of any kind of file
@@ -1529,7 +1544,7 @@ def main():
     with atomic_write(options.folder / "recipe.json") as file:
         file.write(json.dumps(recipe).encode())
     part = named[options.part]
-    remove_outdated(part, options.folder, key, own_files)
+    remove_outdated(part, options, key)
     rejected |= make_arrays(part, options)
     if options.shard:
         print(f"{options.folder}: part {options.shard} is made; after the last part, run once without --shard")

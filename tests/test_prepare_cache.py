@@ -613,6 +613,64 @@ def test_another_modality_makes_a_sample_again(tmp_path, monkeypatch):
     assert set(kept) == {"a.nii.gz", "b.png"} and rejected["c.nii.gz"].startswith("blank") and not array.exists()
 
 
+def made_again(monkeypatch, tmp_path, *args):
+    """Run prepare.py again -> the paths whose arrays are new."""
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache/x").glob("*.npy")}
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args)
+    arrays = {path: Path(row["folder"], f"{row['id']}.npy") for path, row in kept.items()}
+    return {path for path, array in arrays.items() if array.stat().st_mtime_ns != before.get(array.name)}
+
+
+def test_a_file_that_changed_is_read_again_and_no_other(tmp_path, monkeypatch):
+    """Written anew, copied over with its old time, moved in its place, or linked to another: four kinds of change."""
+    args = ["--modality", "xray", "--size", 16]
+    for name in "abcdef":
+        png(tmp_path / f"data/{name}.png", ord(name))
+    for name in ("old", "other"):
+        png(tmp_path / f"{name}.png", 200)
+        os.utime(tmp_path / f"{name}.png", (0, 0))
+    (tmp_path / "data/link.png").symlink_to("a.png")
+    prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args)
+    assert made_again(monkeypatch, tmp_path, *args) == set()
+
+    png(tmp_path / "data/a.png", 99)  # the link shows it too
+    shutil.copy2(tmp_path / "old.png", tmp_path / "data/b.png")
+    (tmp_path / "old.png").rename(tmp_path / "data/c.png")
+    (tmp_path / "data/d.png").unlink()
+    (tmp_path / "data/d.png").symlink_to(tmp_path / "other.png")
+    os.utime(tmp_path / "data/e.png", (9e9, 9e9))  # of a clock that is wrong: once, not at every run
+    assert made_again(monkeypatch, tmp_path, *args) == {"a.png", "b.png", "c.png", "d.png", "e.png", "link.png"}
+    assert made_again(monkeypatch, tmp_path, *args) == set()
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args)
+    assert load(kept["a.png"]).ravel()[100] == 99 and load(kept["c.png"]).ravel()[100] == 200
+
+
+def test_a_series_that_gained_slices_is_read_again(tmp_path, monkeypatch):
+    hu, affine = phantom()
+    args = ["--size", 32, "--slices", 8]
+    series(tmp_path / "data/a", hu, affine, uid="1.2", skip=(0, 1, 2))
+    series(tmp_path / "data/b", hu, affine, uid="1.3")
+    prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args)
+    series(tmp_path / "new", hu, affine, uid="1.2")
+    for path in sorted((tmp_path / "new").iterdir()):
+        if not (tmp_path / "data/a" / path.name).exists():
+            shutil.copy2(path, tmp_path / "data/a" / path.name)
+    assert {os.path.dirname(path) for path in made_again(monkeypatch, tmp_path, *args)} == {"a"}
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args)
+    one, two = (load(row) for row in kept.values())
+    assert np.array_equal(one, two)
+
+
+def test_a_file_that_became_unreadable_leaves_no_old_array(tmp_path, monkeypatch):
+    png(tmp_path / "data/a.png")
+    png(tmp_path / "data/b.png")
+    prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
+    cut(tmp_path / "data/a.png")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
+    assert list(kept) == ["b.png"] and list(rejected) == ["a.png"]
+    assert len(list((tmp_path / "cache/x").glob("*.npy"))) == 1
+
+
 def test_another_modality_after_a_run_that_wrote_no_tables(tmp_path, monkeypatch):
     """Stopped because the modality was wrong, and started again with the right one."""
     hu, affine = phantom()
