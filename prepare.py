@@ -1218,9 +1218,12 @@ def read_recipe(folder):
     """What a cache was made with, as recipe.json holds it; UserError if that cannot be read."""
     try:
         recipe = json.loads(Path(folder, "recipe.json").read_bytes())
-        return recipe | {name: int(recipe[name]) for name in SIZES}
+        recipe |= {name: int(recipe[name]) for name in SIZES}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/recipe.json: missing or damaged; make the cache again") from error
+    if recipe.get("version", VERSION) != VERSION:
+        raise UserError(f"{folder}: made by an older version; delete the folder and prepare again")
+    return recipe
 
 
 def read_sizes(folder):
@@ -1229,12 +1232,19 @@ def read_sizes(folder):
     return {name: recipe[name] for name in SIZES}
 
 
-def check_recipe(folder, recipe):
+def check_recipe(folder, recipe, moved):
     """UserError if a cache was made otherwise. As long as it has no sample, nothing is settled."""
     if not any(folder.glob("*.npy")):
         return
     made = read_recipe(folder)
-    differences = [f"{name} {made.get(name)}" for name in recipe if made.get(name) != recipe[name]]
+    differences = []
+    for name in ("dataset", "name", *SIZES):
+        if made.get(name) != recipe[name]:
+            differences.append(f"{name} {made.get(name)}")
+    if made.get("key") != recipe["key"]:
+        differences.append("another key")
+    elif made.get("source") != recipe["source"] and not moved:  # a hash by the key
+        differences.append("another source (--moved if the same data lie in a new place)")
     if differences:
         raise UserError(f"{folder} was made with {', '.join(differences)}; give the same, or another --name")
 
@@ -1254,36 +1264,36 @@ def save_sample(sample, source, folder, sizes):
     array, notes = decode(sample, source, **sizes)
     with atomic_write(folder / f"{sample.id}.npy") as file:
         np.save(file, array, allow_pickle=False)
-        file.write("; ".join(notes).encode())  # in one file, so that nothing can part them
+        file.write("\n".join(notes).encode())  # in one file, so that nothing can part them
 
 
 def read_shape_and_notes(folder, sample):
-    """Shape of a sample's array, and its notes as one text, without reading the array itself."""
+    """Shape of a sample's array, and its list of notes, without reading the array itself."""
     array = load_sample(folder, {"id": sample.id}, mmap_mode="r")  # (C, H, W, S)
     with open(array.filename, "rb") as file:
         file.seek(array.offset + array.nbytes)
-        notes = file.read().decode()
+        notes = file.read().decode().splitlines()
     return array.shape, notes
 
 
 def write_tables(folder, samples, rejected):
-    """samples.csv of the samples whose arrays are there, and what only their owner may see -> notes of each."""
+    """samples.csv of the samples whose arrays are there, and what only their owner may see -> {id: notes}."""
     table = []
     sources = []
-    all_notes = []
+    kept = {}
     for sample in samples:
         if (folder / f"{sample.id}.npy").exists():
             shape, notes = read_shape_and_notes(folder, sample)
             table.append((sample.id, sample.modality, "|".join(sample.labels), sample.patient, sample.split,
                           "x".join(str(length) for length in shape)))
-            sources.append((sample.id, sample.files[0], notes))
-            all_notes.append(notes)
+            sources.append((sample.id, sample.files[0], "; ".join(notes)))
+            kept[sample.id] = notes
     reasons = [(path, str(rejected[path])) for path in sorted(rejected)]
 
     write_csv(folder / "samples.csv", ["id", "modality", "labels", "patient", "split", "shape"], table)
     write_csv(folder / "sources.csv", ["id", "path", "notes"], sources, 0o600)
     write_csv(folder / "rejected.csv", ["path", "reason"], reasons, 0o600)
-    return all_notes
+    return kept
 
 
 def read_samples(folder):
@@ -1302,6 +1312,16 @@ def read_samples(folder):
         row["folder"] = str(folder)
         rows[row["id"]] = row
     return list(rows.values())
+
+
+def read_last_tables(folder):
+    """Rows of the samples.csv of the run before, each with its `path` of sources.csv; none if there are no such tables."""
+    try:
+        rows = read_samples(folder)
+        paths = {row["id"]: row["path"] for _, row in read_table(folder / "sources.csv")}
+        return [row | {"path": paths[row["id"]]} for row in rows]
+    except (UserError, KeyError):  # the first run, one that kept nothing, or damage that this run repairs
+        return []
 
 
 def load_sample(folder, row, **options):
@@ -1405,6 +1425,8 @@ def parse_arguments():
         add(f"--{name}", type=int, help=f"{what} (default {SIZES[name]}, demo {DEMO_SIZES[name]})")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     add("--shard", metavar="I/N", help="make part I of N only, counted from 0; after the last, run once without it")
+    add("--prune", action="store_true", help="delete the arrays whose files are gone")
+    add("--moved", action="store_true", help="SOURCE is another place, but the same data as before")
     options = parser.parse_args()
 
     demo = options.dataset == "demo"
@@ -1425,6 +1447,8 @@ def parse_arguments():
     shard = re.fullmatch(r"(?P<part>\d+)/(?P<parts>\d+)", options.shard or "0/1")
     if not shard or int(shard["part"]) >= int(shard["parts"]):
         parser.error("--shard is I/N, and I counts from 0 to N - 1")
+    if options.shard and options.prune:
+        parser.error("--prune goes with the run without --shard")
     options.part = slice(int(shard["part"]), None, int(shard["parts"]))
     options.folder = Path(options.out, options.name)
     options.own_files = options.dataset in ("folder", "demo")
@@ -1479,6 +1503,17 @@ def remove_outdated(samples, options, key):
                 (options.folder / f"{name}.npy").unlink(missing_ok=True)
 
 
+def make_recipe(options, key):
+    """What a cache remembers of how it is made, once it holds a sample: paths and key as hashes that tell nothing."""
+    recipe = {"version": VERSION, "dataset": options.dataset}
+    recipe["name"] = options.name if options.own_files else ""  # on which the ids of own files depend
+    for name in SIZES:
+        recipe[name] = getattr(options, name)
+    recipe["key"] = pseudonym(key, "key")
+    recipe["source"] = pseudonym(key, os.path.realpath(options.source))
+    return recipe
+
+
 def make_arrays(samples, options):
     """Make the arrays that are missing -> {path: Rejected} of the files that cannot be read."""
     sizes = {name: getattr(options, name) for name in SIZES}
@@ -1497,20 +1532,67 @@ def make_arrays(samples, options):
     return rejected
 
 
-def report(options, notes, rejected):
-    """The closing lines, which say nothing of what files say; UserError if no sample was kept."""
-    burned = sum(BURNED_IN in note for note in notes)
-    if burned:
-        print(f"warning: {burned} samples of DICOM files: each {BURNED_IN}")
-    noted = sum(note != "" for note in notes)
-    print(f"{options.folder}: {len(notes)} samples, {noted} with notes (sources.csv); "
-          f"{len(rejected)} files left out (rejected.csv)")
-    if not notes:
-        reasons = Counter(answer.reason for answer in rejected.values())
-        unknown = reasons.pop(UNKNOWN_FILE, 0)  # it counts only if there is no other
-        reason = reasons.most_common(1)[0][0] if reasons else UNKNOWN_FILE
-        raise UserError(f"nothing in {options.source} could be read (mostly: {reason}); "
+def warn_of_losses(options, last, kept):
+    """Say if samples, or their labels, have gone since the tables of the run before (rows `last`), and why."""
+    paths = {sample.files[0] for sample in kept}
+    ids = {sample.id for sample in kept}
+    gone = [row for row in last if row["id"] not in ids and row["path"] not in paths]
+    no_file = [row for row in gone if not os.path.exists(os.path.join(options.source, row["path"]))]
+    labelled_before = sum(row["labels"] != () for row in last)
+    labelled_now = sum(sample.labels != () for sample in kept)
+    forgotten = labelled_now < labelled_before and not options.labels
+
+    if gone and 2 * len(no_file) > len(gone):
+        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone: so are their files")
+    elif gone and forgotten:
+        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone; that table had labels: "
+              "was --labels forgotten?")
+    elif gone:
+        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone: rejected.csv says why")
+    elif forgotten:
+        print(f"warning: {labelled_before} samples of the last table had labels, {labelled_now} have some now: "
+              "was --labels forgotten?")
+
+
+def report(options, kept, rejected):
+    """The closing lines, which quote no file; UserError if no sample was kept."""
+    notes = Counter(note for notes in kept.values() for note in notes)
+    reasons = Counter(answer.reason for answer in rejected.values())
+    unknown = reasons.pop(UNKNOWN_FILE, 0)  # texts and tables lie everywhere, so this reason comes last
+    commonest = reasons.most_common(3)
+    if unknown:
+        commonest.append((UNKNOWN_FILE, unknown))
+    if not kept:
+        raise UserError(f"nothing in {options.source} could be read (mostly: {commonest[0][0]}); "
                         f"see {options.folder}/rejected.csv")
+
+    if notes[BURNED_IN]:
+        print(f"warning: {notes[BURNED_IN]} samples of DICOM files: each {BURNED_IN}")
+    noted = sum(len(notes) > 0 for notes in kept.values())
+    print(f"{options.folder}: {len(kept)} samples, {noted} with notes (sources.csv); "
+          f"{len(rejected)} files left out (rejected.csv)")
+    for note, count in notes.most_common(5):
+        print(f"  {count} samples: {note}")
+    for reason, count in commonest[:3]:
+        print(f"  {count} files left out: {reason}")
+
+
+def prune(options, samples, key):
+    """Name the arrays that no sample of the source has, and delete them if asked to."""
+    ids = set()
+    for sample in samples:  # also those of unknown modality, which may be a forgotten flag
+        ids.update(possible_ids(sample, key, options.own_files).values())
+    orphans = sorted(path.stem for path in options.folder.glob("*.npy") if path.stem not in ids)
+    if not orphans:
+        return
+
+    names = " ".join(orphans[:20]) + (" ..." if len(orphans) > 20 else "")
+    if options.prune:
+        for name in orphans:
+            (options.folder / f"{name}.npy").unlink(missing_ok=True)
+        print(f"deleted {len(orphans)} arrays whose files are gone: {names}")
+    else:
+        print(f"warning: {len(orphans)} arrays are of no file in {options.source} (--prune deletes them): {names}")
 
 
 def main():
@@ -1523,12 +1605,9 @@ def main():
     if not os.path.isdir(options.source):
         raise UserError(f"{options.source}: no such folder; give the folder that holds the data")
 
-    # A cache remembers, once it holds a sample, what it is made with.
     key = read_key(options.key_file)
-    recipe = {"version": VERSION, "dataset": options.dataset, "name": options.name, "size": options.size,
-              "slices": options.slices, "frames": options.frames, "another key": pseudonym(key, "key"),
-              "another source": pseudonym(key, os.path.realpath(options.source))}
-    check_recipe(options.folder, recipe)
+    recipe = make_recipe(options, key)
+    check_recipe(options.folder, recipe, options.moved)
     if options.own_files:
         key = key_of_cache(key, options.name)
 
@@ -1549,8 +1628,12 @@ def main():
     if options.shard:
         print(f"{options.folder}: part {options.shard} is made; after the last part, run once without --shard")
         return
-    notes = write_tables(options.folder, named, rejected)
-    report(options, notes, rejected)
+
+    last = read_last_tables(options.folder)
+    kept = write_tables(options.folder, named, rejected)
+    warn_of_losses(options, last, [sample for sample in named if sample.id in kept])
+    report(options, kept, rejected)
+    prune(options, samples, key)
 
 
 if __name__ == "__main__":
