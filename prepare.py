@@ -24,6 +24,7 @@ The sections, in the order in which a file passes through them:
 """
 import csv
 import gzip
+import hashlib
 import hmac
 import io
 import json
@@ -38,6 +39,7 @@ import stat
 import sys
 import tempfile
 import time
+import unicodedata
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict, deque
 from contextlib import contextmanager, suppress
@@ -56,8 +58,9 @@ from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, p
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-# Any other word may be added here: its images are stretched by percentiles, its volumes too.
+# Another word may be added at the end. Its volumes, and its pixels of more than 8 bits, are stretched by percentiles.
 MODALITIES = ("xray", "ultrasound", "endoscopy", "ct", "mri")
+ABOUT_MODALITIES = f"one of {', '.join(MODALITIES)}; for another add the word to MODALITIES in prepare.py"
 DICOM_MODALITIES = {
     "CR": "xray", "DX": "xray", "DR": "xray", "RG": "xray", "MG": "xray", "RF": "xray", "XA": "xray",
     "PX": "xray", "IO": "xray", "US": "ultrasound", "IVUS": "ultrasound", "ES": "endoscopy",
@@ -393,6 +396,11 @@ def read_table(path, remedy="download or write it again", errors="replace", colu
     return rows
 
 
+def comparable(path):
+    """A path as tables and file systems may spell it: \\ on Windows, accents apart from their letters on macOS."""
+    return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
+
+
 class Row(NamedTuple):
     """What a user says of a file, of the series that it is part of, or of all files of a folder."""
     labels: tuple
@@ -403,13 +411,13 @@ class Row(NamedTuple):
 
 
 def read_labels(path):
-    """labels.csv -> {path below SOURCE: Row}; UserError naming the line and what is wrong with it."""
+    """labels.csv -> {comparable path below SOURCE: Row}; UserError naming the line and what is wrong with it."""
     rows = {}
     for line, cells in read_table(path, errors="strict"):
         place = f"{path}, line {line}"
         if "path" not in cells or "labels" not in cells:
             raise UserError(f"{place}: needs the columns path and labels")
-        name = os.path.normpath(cells["path"])
+        name = comparable(cells["path"])
         if name in rows:
             raise UserError(f"{place}: {name} again; one row says it all")
 
@@ -418,7 +426,7 @@ def read_labels(path):
             raise UserError(f"{place}: split {split!r} is none of train, val, test")
         modality = cells.get("modality", "")
         if modality and modality not in MODALITIES:
-            raise UserError(f"{place}: modality {modality!r} is not known")
+            raise UserError(f"{place}: modality {modality!r} is not known: {ABOUT_MODALITIES}")
 
         labels = [label.strip() for label in cells["labels"].split("|")]
         labels = tuple(label for label in labels if label)
@@ -432,10 +440,11 @@ def rows_of_table(files, table):
     rows = {}
     names = set()
     for path in files:
-        folder = os.path.dirname(path) or "."
-        names.update((path, folder))
-        if path in said:
-            rows[path] = said[path]
+        name = comparable(path)
+        folder = comparable(os.path.dirname(path))
+        names.update((name, folder))
+        if name in said:
+            rows[path] = said[name]
         elif folder in said:
             rows[path] = said[folder]
 
@@ -1021,13 +1030,24 @@ def limit_time(seconds):
     signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)  # SIGALRM
 
 
+def content_seed(path):
+    """A number that depends on a file's content: its size and first 64 KiB.
+
+    CHOICE: it seeds the choice of frames (Sec. 3.4), so that a file as a query shows the same ones as in a cache.
+    """
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    digest = hashlib.sha256(head + str(os.path.getsize(path)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def decode(sample, source, size, slices, frames):
     """Read a sample -> array (C, H, W, S), uint8 from 8-bit sources and float16 from deeper ones, and its notes."""
     paths = [os.path.join(source, path) for path in sample.files]
     megabytes = sum(os.path.getsize(path) for path in paths) / 1e6
     limit_time(SECONDS + megabytes)
 
-    content = READERS[sample.kind](paths, sample, frames, int(sample.id, 16))  # the id seeds the choice of frames
+    content = READERS[sample.kind](paths, sample, frames, content_seed(paths[0]))
     notes = set(content.notes)
     if isinstance(content, Volume):
         x = volume_to_array(content, sample.modality, size, slices, notes)  # (1, size, size, slices)
@@ -1384,10 +1404,18 @@ def find_query(path, modality):
 
 
 def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
-    """(modality, array (C, H, W, S)) of a file, any file of a series or a series folder, read as for a cache.
+    """One medical image, video or volume, read as for a cache -> its modality, and its array (C, H, W, S).
 
-    The modality is `modality`, else what a DICOM tag says, else `likely`, else what such files mostly are; a
-    line on stderr says so where it was neither told nor tagged. UserError if it is not one readable sample.
+    `path` is a file, any file of a DICOM series, or the folder of one series. The array is uint8 in 0..255 from
+    sources of 8 bits, else float16 in [0, 1]: (1, size, size, 1) of an image, (3, size, size, 1) of an endoscopic
+    one, (3, size, size, frames) of a video, (1, size, size, slices) of a volume. Sizes must be those of the cache
+    that it is compared with (read_sizes). model.unit brings both types to [0, 1].
+
+    The modality is `modality`, one of MODALITIES, else what a DICOM tag says, else `likely`, else what such files
+    mostly are; a line on stderr says so where it was neither told nor tagged. It decides how values are scaled.
+
+    UserError, with the reason that prepare.py would write to rejected.csv, if there is no such file, if it cannot
+    be read or is blank, if it is a slice of a left-out part of its series, or if a folder holds several samples.
     """
     path = Path(path).absolute()
     sample, source = find_query(path, modality)
@@ -1395,7 +1423,6 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
         usual = {"video": "endoscopy", "nifti": "ct"}.get(sample.kind, "xray")
         sample.modality = likely or usual
         print(f"{path}: taken as {sample.modality} (--modality says otherwise)", file=sys.stderr)
-    sample.id = pseudonym(PUBLIC_KEY, path.name)
 
     def read(sample):
         return decode(sample, source, size, slices, frames)
@@ -1416,7 +1443,7 @@ def parse_arguments():
     add("source", nargs="?", metavar="SOURCE", help="folder that holds the data (demo: where to write them)")
     add("--out", default="cache", help="folder of the caches (default cache)")
     add("--name", help="name of this cache (default: the data set's)")
-    add("--modality", choices=MODALITIES, help="folder: what the files are, where DICOM does not say it")
+    add("--modality", help="folder: what the files are, where DICOM does not say it")
     add("--labels", help="folder: a table of path (from SOURCE on), labels (joined by |), if wanted patient, "
         "split, modality; or the word folders: the folder is the label. ct_rate, radgenome: folder of tables")
     add("--key-file", help="secret key of the ids, made if absent; give one for patients' data")
@@ -1429,6 +1456,8 @@ def parse_arguments():
     add("--moved", action="store_true", help="SOURCE is another place, but the same data as before")
     options = parser.parse_args()
 
+    if options.modality and options.modality not in MODALITIES:
+        parser.error(f"--modality {options.modality} is not known: {ABOUT_MODALITIES}")
     demo = options.dataset == "demo"
     for name, value in (DEMO_SIZES if demo else SIZES).items():
         if getattr(options, name) is None:

@@ -303,6 +303,7 @@ def many(folder, n=60):
     hu, affine = phantom()
     for k in range(6):
         nifti(folder / f"{k}.nii.gz", hu + k, affine)
+    nifti(folder / "noted.nii.gz", np.stack([hu, hu], axis=3), affine)
     (folder / "broken.png").write_bytes(b"no image")
 
 
@@ -336,7 +337,8 @@ def test_kill_at_random_moments_then_resume_is_byte_for_byte_the_same(tmp_path):
         done = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.npy")}
         assert made.items() <= done.items(), "finished work was lost, or done again"
         made = done
-    assert kills >= 6 and len(made) == 66 and tree(cache) == tree(tmp_path / "whole/x")
+    assert kills >= 6 and len(made) == 67 and tree(cache) == tree(tmp_path / "whole/x")
+    assert b"noted.nii.gz,4D NIfTI: first volume kept\n" in tree(cache)["sources.csv"], "notes survive too"
 
 
 def test_shards_together_are_the_whole(tmp_path, monkeypatch, capsys):
@@ -348,7 +350,7 @@ def test_shards_together_are_the_whole(tmp_path, monkeypatch, capsys):
             command(monkeypatch, *args, "--name", "x", "--out", tmp_path / run / "cache", "--shard", part)
             assert not (tmp_path / run / "cache/x/samples.csv").exists()
         kept, rejected = prepare_main(monkeypatch, tmp_path / run, *args)
-        assert len(kept) == 18 and list(rejected) == ["broken.png"]
+        assert len(kept) == 19 and list(rejected) == ["broken.png"]
         assert tree(tmp_path / run / "cache/x") == tree(tmp_path / "whole/cache/x")
 
 
@@ -564,9 +566,33 @@ def test_labels_of_files_series_and_folders(tmp_path, monkeypatch, capsys):
     assert "1 rows of" in (out := capsys.readouterr().out) and "(line 6 ...)" in out
 
 
+def test_paths_of_labels_as_windows_and_macos_spell_them(tmp_path, monkeypatch, capsys):
+    """Backslashes, and an e with an accent as one letter or as two, in the table or in the file's name."""
+    one, two = "caf\u00e9", "cafe\u0301"
+    for path in (f"sub/{one}.png", f"{two}/b.png", "sub/c.png"):
+        png(tmp_path / "data" / path)
+    (tmp_path / "labels.csv").write_text(f"path,labels\nsub\\{two}.png,a\n{one},b\n.\\sub\\c.png,c\n", "utf-8")
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray",
+                           "--labels", tmp_path / "labels.csv")
+    assert {path: row["labels"] for path, row in kept.items()} == {
+        f"sub/{one}.png": ("a",), f"{two}/b.png": ("b",), "sub/c.png": ("c",)}
+    assert "warning" not in capsys.readouterr().out
+    (tmp_path / "labels.csv").write_text("path,labels\nsub/c.png,a\nsub\\c.png,b\n")
+    with pytest.raises(UserError, match="line 3: sub/c.png again"):
+        command(monkeypatch, "folder", tmp_path / "data", "--labels", tmp_path / "labels.csv")
+
+
+def test_a_further_modality_is_one_word(tmp_path, monkeypatch):
+    png(tmp_path / "data/a.png")
+    monkeypatch.setattr(prepare, "MODALITIES", (*prepare.MODALITIES, "dermatoscopy"))
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "dermatoscopy")
+    assert kept["a.png"]["modality"] == "dermatoscopy"
+
+
 @pytest.mark.parametrize("text, message", [
     (b"path,labels,split\na.png,x,train\n\nb.png,x,holdout\n", "line 4: split 'holdout' is none of train, val, test"),
-    (b"path,labels,modality\na.png,x,CT\n", "line 2: modality 'CT' is not known"),
+    (b"path,labels,modality\na.png,x,CT\n", "line 2: modality 'CT' is not known: one of xray, ultrasound, endoscopy, ct, mri; "
+     "for another add the word to MODALITIES in prepare.py"),
     (b"path,labels\na.png,x\nb.png,x\n./a.png,y\n", "line 4: a.png again"),
     (b"file,labels\na.png,x\n", "line 2: needs the columns path and labels"),
     (b"path,labels\nb.png,x\na.png\n", "line 3: needs the columns path and labels"),
@@ -669,6 +695,158 @@ def test_a_file_that_became_unreadable_leaves_no_old_array(tmp_path, monkeypatch
     kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
     assert list(kept) == ["b.png"] and list(rejected) == ["a.png"]
     assert len(list((tmp_path / "cache/x").glob("*.npy"))) == 1
+
+
+def test_arrays_of_files_that_are_gone_are_named_and_pruned_when_asked(tmp_path, monkeypatch, capsys):
+    data, cache = tmp_path / "data", tmp_path / "cache/x"
+    args = ["folder", data, "--modality", "xray", "--size", 16]
+    for name in "abc":
+        png(data / f"{name}.png")
+    kept, _ = prepare_main(monkeypatch, tmp_path, *args)
+    gone = kept["b.png"]["id"]
+    (data / "b.png").unlink()
+    capsys.readouterr()
+    prepare_main(monkeypatch, tmp_path, *args)
+    assert f"1 arrays are of no file in {data} (--prune deletes them): {gone}\n" in capsys.readouterr().out
+    assert (cache / f"{gone}.npy").exists()
+    left, _ = prepare_main(monkeypatch, tmp_path, *args, "--prune")
+    assert f"deleted 1 arrays whose files are gone: {gone}\n" in capsys.readouterr().out
+    assert {path.stem for path in cache.glob("*.npy")} == {row["id"] for row in left.values()} and len(left) == 2
+    prepare_main(monkeypatch, tmp_path, *args)
+    assert gone not in capsys.readouterr().out
+
+
+def test_nothing_is_pruned_by_a_forgotten_flag_an_empty_source_or_a_shard(tmp_path, monkeypatch, capsys):
+    data, cache = tmp_path / "data", tmp_path / "cache/x"
+    png(data / "a.png")
+    png(data / "b.png")
+    prepare_main(monkeypatch, tmp_path, "folder", data, "--modality", "xray")
+    prepare_main(monkeypatch, tmp_path, "folder", data, "--prune", code=1)
+    assert len(list(cache.glob("*.npy"))) == 2, "the modality was forgotten"
+    assert "arrays" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "folder", data, "--modality", "xray", "--prune", "--shard", "0/2")
+    for path in data.iterdir():
+        path.unlink()
+    args = ["folder", data, "--modality", "xray", "--prune", "--name", "x", "--out", tmp_path / "cache"]
+    for make, message in ((lambda: None, "holds no files"), ((data / "text.txt").touch, "could be read"),
+                          (lambda: (data / "broken.png").write_bytes(b"no image"), "could be read")):
+        make()  # as an archive that is not mounted, or in part
+        with pytest.raises(UserError, match=message):
+            command(monkeypatch, *args)
+        assert len(list(cache.glob("*.npy"))) == 2
+
+
+def test_a_table_that_shrinks_says_so_and_why(tmp_path, monkeypatch, capsys):
+    """Of three labelled files one has its modality from the table alone, and two are deleted later."""
+    data = tmp_path / "data"
+    dicom(data / "a.dcm", SPOT)
+    dicom(data / "b.dcm", SPOT, BodyPartExamined="")
+    png(data / "c.png")
+    png(data / "d.png")
+    (tmp_path / "labels.csv").write_text("path,labels,modality\nb.dcm,mass,\nc.png,mass,xray\nd.png,cyst,xray\n")
+    labels = ["--labels", tmp_path / "labels.csv"]
+
+    def said(*args):
+        capsys.readouterr()
+        kept, _ = prepare_main(monkeypatch, tmp_path, "folder", data, *args)
+        return [line for line in capsys.readouterr().out.splitlines() if "of the last table" in line]
+
+    assert said(*labels) == [] and said(*labels) == []
+    assert said() == ["warning: 2 of the 4 samples of the last table are gone; that table had labels: "
+                      "was --labels forgotten?"]
+    assert said(*labels) == []
+    assert said("--modality", "xray") == ["warning: 4 samples of the last table had labels, 1 have some now: "
+                                          "was --labels forgotten?"]
+    said(*labels)
+    (data / "a.dcm").unlink()
+    (data / "d.png").unlink()
+    assert said(*labels) == ["warning: 2 of the 4 samples of the last table are gone: so are their files"]
+    (data / "c.png").write_bytes(b"no image")
+    assert said(*labels) == ["warning: 1 of the 2 samples of the last table are gone: rejected.csv says why"]
+
+
+def test_another_modality_is_no_loss(tmp_path, monkeypatch, capsys):
+    png(tmp_path / "data/a.png")
+    for modality in ("xray", "ultrasound"):
+        prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", modality)
+        assert "warning" not in capsys.readouterr().out
+    assert len(list((tmp_path / "cache/x").glob("*.npy"))) == 1
+
+
+def test_an_archive_in_a_new_place_goes_on_when_told(tmp_path, monkeypatch):
+    args = ["--modality", "xray", "--size", 16]
+    png(tmp_path / "data/sub/a.png")
+    before, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args)
+    array = Path(before["sub/a.png"]["folder"], f"{before['sub/a.png']['id']}.npy")
+    made = array.stat().st_mtime_ns
+    (tmp_path / "data").rename(tmp_path / "moved")
+    png(tmp_path / "moved/b.png")
+    with pytest.raises(UserError, match="another source .--moved if the same data lie in a new place"):
+        prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "moved", *args)
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "moved", *args, "--moved")
+    assert kept["sub/a.png"] == before["sub/a.png"] and array.stat().st_mtime_ns == made and len(kept) == 2
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "moved", *args)  # told once is enough
+    assert len(kept) == 2
+
+
+def test_a_cache_of_an_older_version_is_refused(tmp_path, monkeypatch):
+    png(tmp_path / "data/a.png")
+    monkeypatch.setattr(prepare, "VERSION", prepare.VERSION - 1)
+    prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
+    monkeypatch.undo()
+    for use in (lambda: prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray"),
+                lambda: prepare.read_sizes(tmp_path / "cache/x")):
+        with pytest.raises(UserError, match="x: made by an older version; delete the folder and prepare again"):
+            use()
+
+
+def test_the_commonest_reasons_and_notes_are_counted_on_the_screen(tmp_path, monkeypatch, capsys):
+    """Reasons without their details, which may quote the file; files of no known kind come last."""
+    data = tmp_path / "data"
+    png(data / "a.png")
+    for n in range(3):
+        dicom(data / f"{n}.dcm", SPOT, PhotometricInterpretation="MONOCHROME1")
+        (data / f"SECRETNAME{n}.png").write_bytes(b"SECRETNAME")
+    for n in range(4):
+        (data / f"{n}.txt").write_text("notes")
+    (data / ".hidden").write_text("x")
+    prepare_main(monkeypatch, tmp_path, "folder", data, "--modality", "xray")
+    lines = capsys.readouterr().out.splitlines()
+    at = next(n for n, line in enumerate(lines) if "4 samples, 3 with notes" in line)
+    assert "8 files left out (rejected.csv)" in lines[at]
+    assert lines[at + 1:] == [
+        "  3 samples: MONOCHROME1: inverted", "  3 files left out: cannot be decoded",
+        "  1 files left out: hidden, not read", "  4 files left out: not a DICOM, NIfTI, image or video file"]
+
+
+# ---- one file, as a query --------------------------------------------------------------------------------------------
+def test_a_query_shows_the_frames_that_the_cache_holds(tmp_path, monkeypatch):
+    """Wherever the file lies, and whatever it is called: its content seeds the choice."""
+    (tmp_path / "data").mkdir()
+    for name, frames in (("a.avi", 100), ("b.avi", 120)):
+        video(tmp_path / "data" / name, frames)
+    dicom(tmp_path / "data/c.dcm", np.arange(90, dtype=np.uint8)[:, None, None] + SPOT, "US")
+    args = ["--modality", "endoscopy", "--size", 32, "--frames", 8]
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args)
+    for path, row in kept.items():
+        shutil.copy(tmp_path / "data" / path, tmp_path / f"query{Path(path).suffix}")
+        modality, x = read_any(tmp_path / f"query{Path(path).suffix}", row["modality"], size=32, frames=8)
+        assert np.array_equal(x, load(row)), path
+    firsts = {load(row)[0, 16, 16].tobytes() for row in kept.values()}
+    assert len(firsts) == 3, "and other files show others"
+
+
+def test_a_slice_that_no_volume_took_says_why(tmp_path):
+    """The second echo of a series is left out, and so is a slice of it that is asked for."""
+    hu, affine = phantom()
+    series(tmp_path / "a", hu, affine, uid="1.2", modality="MR", EchoTime="10")
+    for path in series(tmp_path / "b", hu // 2, affine, uid="1.2", modality="MR", EchoTime="80").iterdir():
+        path.rename(tmp_path / f"a/second{path.name}")
+    with pytest.raises(UserError, match="secondIM0003: another echo, b-value, phase or time of a kept series"):
+        read_any(tmp_path / "a/secondIM0003", size=32, slices=8)
+    want = read_any(tmp_path / "a", size=32, slices=8)[1]
+    assert np.array_equal(read_any(tmp_path / "a/IM0003", size=32, slices=8)[1], want)
 
 
 def test_another_modality_after_a_run_that_wrote_no_tables(tmp_path, monkeypatch):
