@@ -1,14 +1,15 @@
-"""Turn medical image files and public data sets into a cache of small arrays (Sec. 3.1, 3.4, Appendix C).
+"""Turn medical image files and public data sets into a cache of small arrays (Sec. 3.1, 3.4).
 
-In:  any folder of DICOM, NIfTI, PNG, JPEG, TIFF, GIF, AVI, MP4, MOV files, or a public data set as published.
+In:  any folder of DICOM, NIfTI, PNG, JPEG, TIFF, GIF, AVI, MP4, MOV files, or a public data set.
 Out: cache/NAME/ID.npy, (C, H, W, S): image (1 or 3, 256, 256, 1), video (3, 256, 256, 64), volume
-     (1, 256, 256, 64), uint8 (value / 255) from 8-bit sources, else float16 in [0, 1]. samples.csv says what
-     each is, sources.csv where it came from, rejected.csv what was left out and why. Only the last two name files.
-Volumes: H runs from anterior to posterior, W from the patient's right (image left) to left, S from feet up.
+     (1, 256, 256, 64); uint8 (value / 255) from 8-bit sources, else float16 in [0, 1].
+     samples.csv says what each is, sources.csv where it came from, rejected.csv what was left out
+     and why. Only the last two name files.
+Volumes: H runs from front to back, W from the patient's right (image left) to left, S from feet up.
 
-    python prepare.py folder /data/mr --name hospital_mr --modality mri --labels labels.csv --key-file my.key
+    python prepare.py folder /data/mr --name my_mr --modality mri --labels labels.csv --key-file my.key
 
-A sample is done when its .npy exists. The same command again makes what is missing and what has changed since.
+A sample is done when its .npy exists. The same command again makes what is missing or has changed.
 
 The sections, in the order in which a file passes through them:
 
@@ -58,39 +59,45 @@ from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, p
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-# Another word may be added at the end. Its volumes, and its pixels of more than 8 bits, are stretched by percentiles.
+# Another word may be added at the end. Volumes of that modality, and images of more than 8 bits,
+# are stretched by percentiles.
 MODALITIES = ("xray", "ultrasound", "endoscopy", "ct", "mri")
-ABOUT_MODALITIES = f"one of {', '.join(MODALITIES)}; for another add the word to MODALITIES in prepare.py"
+ABOUT_MODALITIES = (f"one of {', '.join(MODALITIES)}; for another add the word to MODALITIES "
+                    "in prepare.py")
 DICOM_MODALITIES = {
-    "CR": "xray", "DX": "xray", "DR": "xray", "RG": "xray", "MG": "xray", "RF": "xray", "XA": "xray",
-    "PX": "xray", "IO": "xray", "US": "ultrasound", "IVUS": "ultrasound", "ES": "endoscopy",
-    "CT": "ct", "MR": "mri"}
+    "CR": "xray", "DX": "xray", "DR": "xray", "RG": "xray", "MG": "xray", "RF": "xray",
+    "XA": "xray", "PX": "xray", "IO": "xray", "US": "ultrasound", "IVUS": "ultrasound",
+    "ES": "endoscopy", "CT": "ct", "MR": "mri"}
 # The single-frame DICOM files of these modalities are slices of a series.
 VOLUMES = ("ct", "mri")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
-# Pixels and slices are those of Sec. 3.4. CHOICE: 64 frames of a video, of which training draws 16 anew each time.
+# Pixels and slices are those of Sec. 3.4. CHOICE: 64 frames of a video, of which training draws 16
+# (Sec. 3.1), others each time.
 SIZES = {"size": 256, "slices": 64, "frames": 64}
 DEMO_SIZES = {"size": 32, "slices": 4, "frames": 4}
 HU_RANGE = (-1000.0, 1000.0)  # Sec. 3.4
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 # CHOICE: fewer slices than this are no volume.
 MIN_SLICES = 8
-MIN_RUN = 16  # frames of a Kvasir clip (Appendix C)
+# A run of fewer frames is no clip of Kvasir-Capsule (Appendix C).
+MIN_RUN = 16
 
-# What one sample may take of the machine, so that a broken file cannot hold up the run.
-SECONDS = 60  # of processor time, and 1 s more per MB of its files
-PATIENCE = 10  # times as long may pass on the clock: a busy machine is no fault of the file
-MEMORY = 6 * 2**30  # bytes that a child process may add to those of its parent
-PIXELS = 50_000_000  # of one image
-# A child process makes so many samples, then another takes over: decoders leak memory.
+# What one sample may take of the machine, so that a broken file cannot hold up the run: processor
+# time, and one more second per MB of its files; on the clock so many times as long, since a busy
+# machine is no fault of the file; memory beyond that of the parent process; pixels of one image.
+SECONDS = 60
+PATIENCE = 10
+MEMORY = 6 * 2**30  # bytes
+PIXELS = 50_000_000
+# Decoders leak memory: after so many samples a child process gives way to a new one.
 SAMPLES_PER_WORKER = 1000
 
-# The key of public data: their ids are the same everywhere, and depend on the path below SOURCE alone.
+# The ids of public data are made with this key, and depend on the path below SOURCE alone.
 PUBLIC_KEY = b"M3Ret public data"
 # Raise this number when the pixels of a cached sample change.
 VERSION = 4
-# An .avi can be a script that makes the decoder open other files, so only real containers are opened.
+# An .avi can be a script that makes the decoder open other files: only real containers are opened.
 VIDEO_OPTIONS = {"format_whitelist": "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,asf,h264,hevc",
                  "protocol_whitelist": "file,pipe"}
 UNKNOWN_FILE = "not a DICOM, NIfTI, image or video file"
@@ -103,7 +110,10 @@ class UserError(Exception):
 
 
 class Rejected(Exception):
-    """Why one file is left out. The reason never quotes the file; the detail may, and goes to rejected.csv alone."""
+    """Why one file is left out: a reason, which never quotes the file, and a detail, which may.
+
+    Both go to rejected.csv, which is for the owner alone; only the reason goes to the screen.
+    """
 
     def __init__(self, reason, detail=""):
         super().__init__(reason, detail)
@@ -141,12 +151,12 @@ class Frames(NamedTuple):
 
 
 class Volume(NamedTuple):
-    """What a reader of volumes gives; voxels * slope + intercept are the values of the file's unit."""
+    """What a reader of volumes gives; voxels * slope + intercept are the values in the file's unit."""
     voxels: np.ndarray  # (i, j, k) as stored
     affine: np.ndarray  # (4, 4) from (i, j, k) to RAS+ mm
     slope: float = 1.0
     intercept: float = 0.0
-    hounsfield: object = None  # True or False where the header says so, else None: the values decide
+    hounsfield: object = None  # True or False by the header, None: the values decide
     notes: tuple = ()
 
 
@@ -163,11 +173,12 @@ def stop(bad, message):
 
 
 def cli(main):
-    """Run main(). What a user can cause ends as one line on stderr and exit code 1, without a traceback."""
+    """Run main(). What a user can cause ends as one line on stderr and exit code 1, no traceback."""
     try:
         return main()
     except (UserError, OSError) as error:
-        # torch hands on the error of a loader process as the text of its traceback, which ends in what it says.
+        # torch hands on an error of a loader process as the text of its traceback. The last line
+        # of that is what the error says.
         last_line = str(error).strip().split("\n")[-1]
         message = last_line.removeprefix("prepare.UserError: ")
     except torch.OutOfMemoryError:
@@ -175,7 +186,8 @@ def cli(main):
     except KeyboardInterrupt:
         message = "interrupted; prepare.py and train.py go on from here, the same command again"
 
-    # Outside of the except block nothing holds on to the progress bar any more: it has ended its line.
+    # The error holds on to the progress bar. Only here, after the except block, are both gone, and
+    # the bar has ended its line.
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
@@ -190,11 +202,14 @@ def atomic_write(path, mode=0o666):
         with open(descriptor, "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # its bytes are on the disk before its name is
-        os.replace(temporary, path)  # whole or not at all
+            os.fsync(file.fileno())
+
+        # The bytes are on the disk, so that the name can only lead to a whole file.
+        os.replace(temporary, path)
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"cannot write {path} ({why}); free some space or choose another folder") from error
+        raise UserError(f"cannot write {path} ({why}); free some space or choose another folder"
+                        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()  # of a block that failed
@@ -309,10 +324,11 @@ def group_series(samples, allow_2d):
     return found, left_out
 
 
-# ---- find samples: which files make them, and {path: Rejected} of those left out -----------------
+# ---- find samples: which files make them, and (path, reason) of those left out -------------------
 def is_cache(folder):
     """True if a folder is a cache that this program made."""
-    return os.path.exists(os.path.join(folder, "recipe.json")) and any(Path(folder).glob("*.npy"))
+    recipe = os.path.join(folder, "recipe.json")
+    return os.path.exists(recipe) and any(Path(folder).glob("*.npy"))
 
 
 def why_not_entered(folder):
@@ -322,8 +338,6 @@ def why_not_entered(folder):
         return "hidden, not read"
     if os.path.islink(folder):
         return "link to a folder, not followed"
-    if not os.access(folder, os.R_OK | os.X_OK):
-        return "locked folder, not read"
     if is_cache(folder):
         return "cache of this program, not read"
     return ""
@@ -335,7 +349,7 @@ def why_not_read(path):
         return "hidden, not read"
     try:
         status = os.stat(path)
-    except OSError:  # a link to nowhere, or it has vanished
+    except OSError:  # it is a link to nowhere, or has vanished
         return "no regular file"
     if not stat.S_ISREG(status.st_mode):
         return "no regular file"
@@ -345,11 +359,15 @@ def why_not_read(path):
 
 
 def list_files(source):
-    """Paths below source of its files, in a fixed order, and {path: Rejected} of all that is not read."""
-    source = os.path.join(source, "")  # with a / at its end, so that what follows is the path below it
+    """Paths of the files below source, and {path: Rejected} of all that is not read."""
+    source = os.path.join(source, "")  # it ends with a /, and what follows is the path below it
     files = []
     rejected = {}
-    for folder, subfolders, names in os.walk(source):
+
+    def unreadable(error):
+        rejected[error.filename[len(source):]] = Rejected("folder cannot be read", error.strerror)
+
+    for folder, subfolders, names in os.walk(source, onerror=unreadable):
         below = folder[len(source):]
 
         # os.walk goes on into those subfolders that are left in its list.
@@ -370,21 +388,24 @@ def list_files(source):
 
 
 def read_table(path, remedy="download or write it again", errors="replace", columns=None):
-    """[(line number, {column: cell})] of a text table with commas or semicolons; UserError if there is none.
+    """[(line number, {column: cell})] of a table with commas or semicolons.
 
-    The first row names the columns, unless `columns` does. Rows may be shorter or longer than that.
+    The first row names the columns, unless `columns` does. A row may be shorter or longer than
+    that. UserError, ending in the remedy, if it is no such table or has no rows.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; {remedy}")
     rows = []
     try:
         text = Path(path).read_text("utf-8-sig", errors)
-        header = text.partition("\n")[0]
-        # Spreadsheets write semicolons where the comma is the decimal sign.
-        delimiter = ";" if header.count(";") > header.count(",") else ","
+
+        # Spreadsheets write semicolons in countries where the comma is the decimal sign.
+        first_line = text.partition("\n")[0]
+        delimiter = ";" if first_line.count(";") > first_line.count(",") else ","
+
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
+        for row in reader:
+            cells = [cell.strip() for cell in row]
             if columns is None:
                 columns = cells
             elif any(cells):
@@ -397,12 +418,15 @@ def read_table(path, remedy="download or write it again", errors="replace", colu
 
 
 def comparable(path):
-    """A path as tables and file systems may spell it: \\ on Windows, accents apart from their letters on macOS."""
+    """A path as it can be compared: / for the backslash of Windows, accents as one letter (NFC).
+
+    File systems and tables spell accents in two ways, as one letter or as a letter and an accent.
+    """
     return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
 
 
 class Row(NamedTuple):
-    """What a user says of a file, of the series that it is part of, or of all files of a folder."""
+    """What a user says of a file, of a series by any of its files, or of all files of a folder."""
     labels: tuple
     split: str = ""
     patient: str = ""
@@ -411,7 +435,7 @@ class Row(NamedTuple):
 
 
 def read_labels(path):
-    """labels.csv -> {comparable path below SOURCE: Row}; UserError naming the line and what is wrong with it."""
+    """labels.csv -> {comparable path: Row}; UserError naming the line and what is wrong with it."""
     rows = {}
     for line, cells in read_table(path, errors="strict"):
         place = f"{path}, line {line}"
@@ -429,13 +453,13 @@ def read_labels(path):
             raise UserError(f"{place}: modality {modality!r} is not known: {ABOUT_MODALITIES}")
 
         labels = [label.strip() for label in cells["labels"].split("|")]
-        labels = tuple(label for label in labels if label)
-        rows[name] = Row(labels, SPLITS.get(split.lower(), ""), cells.get("patient", ""), modality, line)
+        rows[name] = Row(tuple(label for label in labels if label), SPLITS.get(split.lower(), ""),
+                         cells.get("patient", ""), modality, line)
     return rows
 
 
 def rows_of_table(files, table):
-    """{path: Row} of the files that a labels.csv says something of, by their own name or by their folder's."""
+    """{path: Row} of the files of which a labels.csv says something, or of whose folder it does."""
     said = read_labels(table)
     rows = {}
     names = set()
@@ -455,9 +479,9 @@ def rows_of_table(files, table):
 
 
 def rows_of_folders(files):
-    """{path: Row} by the names of folders: the innermost is the label, as torchvision's ImageFolder has it.
+    """{path: Row} by names of folders. The innermost is the label, as in torchvision's ImageFolder.
 
-    Folders named train, val, valid or test, above or below the label's, are splits.
+    Folders named train, val, valid or test, above or below that of the label, are splits.
     """
     rows = {}
     for path in files:
@@ -475,26 +499,29 @@ def rows_of_folders(files):
 def find_samples(source, files, modality_of, allow_2d, workers):
     """Samples made of any mix of files, and {path: Rejected} of the rest.
 
-    modality_of(path) is the modality that a user gives, or "". A DICOM header may say it where it is "", else
-    the sample has none.
+    modality_of(path) is the modality that a user gives, or "": then a DICOM header may say it, and
+    any other sample has none.
     """
+    # The kind of most files is plain. Of the others each may be a DICOM file.
     samples = []
-    unnamed = []  # files whose kind is not plain: they may be DICOM
+    others = []
     for path in files:
         kind = kind_of(os.path.join(source, path))
         if kind:
             samples.append(Sample([path], kind, modality_of(path)))
         else:
-            unnamed.append(path)
+            others.append(path)
 
+    # Headers are read in child processes, as pixels are.
     def header(path):
         return read_header(source, path, modality_of(path), allow_2d)
 
     found = []
     rejected = {}
-    answers = run_in_workers(header, unnamed, workers)
-    for path, answer in tqdm(answers, total=len(unnamed), unit="header", disable=len(unnamed) < 1000):
-        if isinstance(answer, Rejected):  # no image, or no DICOM file at all
+    answers = run_in_workers(header, others, workers)
+    few = len(others) < 1000
+    for path, answer in tqdm(answers, total=len(others), unit="header", disable=few):
+        if isinstance(answer, Rejected):
             rejected[path] = answer
         else:
             found.append(answer)
@@ -506,15 +533,16 @@ def find_samples(source, files, modality_of, allow_2d, workers):
 
 
 def find_in_folder(source, files, options):
-    """Samples of any tree of files -> samples, {path: Rejected}.
+    """Samples of any tree of files, and {path: Rejected} of the rest.
 
-    What the user says goes before what a DICOM header says. A row of labels.csv may name a file, any file of
-    a series, or a folder.
+    What the user says goes before what a DICOM header says. A row of labels.csv may name a file,
+    any file of a series, or a folder.
     """
     rows = {}  # {path: Row}
     if options.labels == "folders":
         rows = rows_of_folders(files)
     elif options.labels:
+        # The table itself may lie in the folder.
         table = os.path.relpath(os.path.realpath(options.labels), os.path.realpath(source))
         files = [path for path in files if path != table]
         rows = rows_of_table(files, options.labels)
@@ -527,7 +555,8 @@ def find_in_folder(source, files, options):
     samples, rejected = find_samples(source, files, modality_of, options.allow_2d, options.workers)
     for sample in samples:
         for path in sample.files:
-            if path in rows:  # of a series the first file that has a row speaks for all
+            # Of a series the first file that has a row speaks for all.
+            if path in rows:
                 sample.labels = rows[path].labels
                 sample.split = rows[path].split
                 sample.patient = rows[path].patient or sample.patient
@@ -535,9 +564,9 @@ def find_in_folder(source, files, options):
     return samples, rejected
 
 
-# ---- public data sets, as published: each function gives samples and {path: Rejected} ------------
+# ---- public data sets, as published --------------------------------------------------------------
 def read_tables(folder, files, pattern, columns=None, needed=True):
-    """Rows of all tables below `folder` whose name matches; UserError if there must be one and is none."""
+    """Rows of all tables below `folder` whose name matches; UserError if one is needed and missing."""
     rows = []
     for path in files:
         if re.fullmatch(pattern, os.path.basename(path)):
@@ -549,7 +578,7 @@ def read_tables(folder, files, pattern, columns=None, needed=True):
 
 
 def join_with_table(source, files, kind, rows, column):
-    """[(path, row)] of the files of one kind that a row names in that column, with or without the suffix.
+    """[(path, row)] of the files of one kind that a row names in that column, suffix or not.
 
     Each row is used once: a second file of the same name is a copy.
     """
@@ -563,35 +592,36 @@ def join_with_table(source, files, kind, rows, column):
     return pairs
 
 
+# Each function below gives the samples of a data set, and {path: Rejected} of files left out.
 def chestxray14(source, files, options):
-    """images/*.png or images_001/images/*.png ...; labels by Data_Entry, split by the official lists."""
+    """images/*.png or images_001/images/*.png ...: labels by Data_Entry, split by the two lists."""
     entries = read_tables(source, files, r"Data_Entry_2017.*\.csv")
-    split = {}
+    splits = {}
     for row in read_tables(source, files, r"train_val_list\.txt", columns=["name"]):
-        split[row["name"]] = "train"
+        splits[row["name"]] = "train"
     for row in read_tables(source, files, r"test_list\.txt", columns=["name"]):
-        split[row["name"]] = "test"
+        splits[row["name"]] = "test"
 
     samples = []
     for path, row in join_with_table(source, files, "image", entries, "Image Index"):
-        labels = tuple(label for label in row["Finding Labels"].split("|") if label != "No Finding")
-        samples.append(Sample([path], "image", "xray", labels, patient=row["Patient ID"],
-                              split=split.get(row["Image Index"], "")))
+        labels = tuple(name for name in row["Finding Labels"].split("|") if name != "No Finding")
+        split = splits.get(row["Image Index"], "")
+        samples.append(Sample([path], "image", "xray", labels, row["Patient ID"], split))
     return samples, {}
 
 
 def fetal_planes(source, files, options):
-    """Images/*.png; plane and patient by FETAL_PLANES_DB_data.csv. The task queries all of them: test."""
+    """Images/*.png: plane and patient by the table. The task queries all of them: test."""
     table = read_tables(source, files, r"FETAL_PLANES_DB_data\.csv")
     samples = []
     for path, row in join_with_table(source, files, "image", table, "Image_name"):
-        samples.append(Sample([path], "image", "ultrasound", (row["Plane"],), patient=row["Patient_num"],
-                              split="test"))
+        labels = (row["Plane"],)
+        samples.append(Sample([path], "image", "ultrasound", labels, row["Patient_num"], "test"))
     return samples, {}
 
 
-# DEVIATION: the paper's 13 categories come from a language model and are not published. Ours hold as many
-# videos, 364. Findings that stand in no line have no category.
+# DEVIATION: the paper's 13 categories come from a language model and are not published. Ours hold
+# as many videos, 364. A finding that is not in this table has no category.
 HYPER_KVASIR = {
     "anastomosis": "anastomosis",
     "barrett's oesophagus": "other pathology",
@@ -621,88 +651,48 @@ HYPER_KVASIR = {
 
 
 def hyper_kvasir(source, files, options):
-    """labeled-videos/**/UUID.avi; category by Finding 1 of video-labels.csv. The task queries all of them: test."""
+    """labeled-videos/**/UUID.avi: category by Finding 1. The task queries all of them: test."""
     table = read_tables(source, files, r"video-labels\.csv")
     samples = []
     for path, row in join_with_table(source, files, "video", table, "Video file"):
+        labels = ()
         finding = row["Finding 1"].lower()
-        labels = (HYPER_KVASIR[finding],) if finding in HYPER_KVASIR else ()
+        if finding in HYPER_KVASIR:
+            labels = (HYPER_KVASIR[finding],)
         samples.append(Sample([path], "video", "endoscopy", labels, split="test"))
     return samples, {}
 
 
 def kvasir_capsule(source, files, options):
-    """CLASS/VIDEO_FRAME.jpg: runs of consecutive frames of one class in one video are clips (Appendix C).
+    """CLASS/VIDEO_FRAME.jpg: runs of consecutive frames of a class in a video are clips (App. C).
 
     DEVIATION: the paper reports 344 clips; its rule as written gives 261 on the 11 larger classes.
     """
-    # Some frames are in two classes, so that a class and a video together have a numbering of their own.
+    # Some frames are in two classes: each class of a video has a numbering of its own.
     videos = defaultdict(dict)  # {(class, video): {frame number: path}}
+    name = re.compile(r"(?P<video>[0-9a-f]{16})_(?P<frame>\d+)\.(jpg|png)")
     for path in files:
-        name = re.fullmatch(r"(?P<video>[0-9a-f]{16})_(?P<frame>\d+)\.(jpg|png)", os.path.basename(path))
-        if name:
+        match = name.fullmatch(os.path.basename(path))
+        if match:
             label = Path(path).parent.name
-            videos[label, name["video"]][int(name["frame"])] = path
+            videos[label, match["video"]][int(match["frame"])] = path
     if not videos:
-        raise UserError(f"{source}: holds no CLASS/VIDEO_FRAME.jpg; unpack each *.tar.gz in its place first")
+        raise UserError(f"{source}: holds no CLASS/VIDEO_FRAME.jpg; unpack each *.tar.gz in its "
+                        "place first")
 
     samples = []
     for (label, video), frames in sorted(videos.items()):
-        run = []  # the paths of consecutive frames
+        run = []
         for number in sorted(frames):
             run.append(frames[number])
-            if number + 1 not in frames:
-                samples.append(Sample(run, "clip", "endoscopy", (label,), patient=video, split="test"))
+            if number + 1 not in frames:  # the run ends here
+                samples.append(Sample(run, "clip", "endoscopy", (label,), video, "test"))
                 run = []
     return samples, {}
 
 
-# Of CT-RATE's files only those of *_fixed have true headers. A scan has several reconstructions.
-CT_RATE_VOLUME = re.compile(r".*/(?P<split>train|valid)_fixed/(?:.*/)?"
-                            r"(?P<volume>(?P<scan>(?P<patient>(?P=split)_\d+)_[a-z]+)_\d+)\.nii\.gz")
-
-
-def ct_rate(source, files, options):
-    """(train|valid)_fixed/**/*.nii.gz: one reconstruction of each scan. The tables may lie in --labels.
-
-    RadGenome is of the same volumes; its task queries all of them, so that their split is test.
-    """
-    tables = [os.path.join(source, path) for path in files]
-    if options.labels:
-        tables += [os.path.join(options.labels, path) for path in list_files(options.labels)[0]]
-    if options.dataset == "ct_rate":
-        labels = finding_labels(source, tables, needed=True)
-    else:
-        labels = finding_labels(source, tables, needed=False)
-        add_status_labels(labels, source, tables)
-        add_size_labels(labels, source, tables)
-    not_chest = set()
-    for row in read_tables(source, tables, r"no_chest_\w+\.txt", columns=["name"], needed=False):
-        not_chest.add(os.path.basename(row["name"]).removesuffix(".nii.gz"))
-
-    samples = []
-    rejected = {}
-    scans = set()
-    for path in sorted(files, key=len):  # in each scan by number, _2 before _10
-        if not path.endswith(".nii.gz"):
-            continue
-        name = CT_RATE_VOLUME.fullmatch(os.path.abspath(os.path.join(source, path)))
-        if not name:
-            rejected[path] = Rejected("not of train_fixed or valid_fixed, whose headers are true")
-        elif name["volume"] in not_chest:
-            rejected[path] = Rejected("no chest CT by its list")
-        elif name["scan"] in scans:
-            rejected[path] = Rejected("another reconstruction of a kept scan")
-        else:
-            scans.add(name["scan"])
-            split = "train" if name["split"] == "train" and options.dataset == "ct_rate" else "test"
-            unique = tuple(dict.fromkeys(labels[name["volume"]]))
-            samples.append(Sample([path], "nifti", "ct", unique, patient=name["patient"], split=split))
-    return samples, rejected
-
-
 def finding_labels(source, tables, needed):
-    """{volume: labels finding:...} of CT-RATE's tables, a defaultdict of lists."""
+    """{volume: [finding:NAME ...]} by the tables of CT-RATE."""
     labels = defaultdict(list)
     for row in read_tables(source, tables, r"\w*predicted_labels\.csv", needed=needed):
         volume = row.pop("VolumeName").removesuffix(".nii.gz")
@@ -713,40 +703,88 @@ def finding_labels(source, tables, needed):
 
 
 def add_status_labels(labels, source, tables):
-    """Append status:REGION:normal or abnormal of RadGenome-ChestCT's tables to the labels of each volume."""
-    abnormal = {}  # {(volume, region): whether any finding is}
+    """Add status:REGION:normal or abnormal to each volume, by the tables of RadGenome-ChestCT."""
+    abnormal = {}  # {(volume, region): whether any part of it is}
     for row in read_tables(source, tables, r"(train|validation)_vqa_abnormality\.csv"):
         volume = row["Volumename"].removesuffix(".nii.gz")
         region = row["Anatomy"].split("/")[0]  # left and right lung are one
         found = row["Abnormality"].lower() != "no findings"
-        abnormal[volume, region] = abnormal.get((volume, region), False) or found
+        abnormal[volume, region] = found or abnormal.get((volume, region), False)
+
     for (volume, region), found in abnormal.items():
         status = "abnormal" if found else "normal"
         labels[volume].append(f"status:{region}:{status}")
 
 
 def add_size_labels(labels, source, tables):
-    """Append size:REGION:FINDING:MILLIMETRES of RadGenome-ChestCT's tables to the labels of each volume.
+    """Add size:REGION:FINDING:MILLIMETRES to each volume, by the tables of RadGenome-ChestCT.
 
-    CHOICE: the size of a lesion is the largest of its sides; the paper does not say which.
+    CHOICE: the size of a lesion is its largest side; the paper does not say how it is measured.
     """
-    sides_and_unit = re.compile(r"(?P<sides>[\d.]+(?:\s*[x-]\s*[\d.]+)*)\s*(?P<unit>mm|cm)")
+    # "6x4 mm", "2.7 cm", "2-3 mm", but not "170 in", which is the number of an image.
+    size = re.compile(r"(?P<sides>[\d.]+(?:\s*[x-]\s*[\d.]+)*)\s*(?P<unit>mm|cm)")
     for row in read_tables(source, tables, r"(train|validation)_vqa_size\.csv"):
-        size = sides_and_unit.match(row["Size"])
-        if not size:  # "170 in" is the number of an image
+        match = size.match(row["Size"])
+        if not match:
             continue
-        largest = max(float(side) for side in re.findall(r"\d+\.?\d*", size["sides"]))
-        if size["unit"] == "cm":
+        largest = max(float(side) for side in re.findall(r"\d+\.?\d*", match["sides"]))
+        if match["unit"] == "cm":
             largest *= 10
+
         volume = row["Volumename"].removesuffix(".nii.gz")
         region = row["Anatomy"].split("/")[0]
-        finding = row["Abnormality"].replace("|", "/")  # | stands between labels
+        finding = row["Abnormality"].replace("|", "/")  # a | would end the label
         labels[volume].append(f"size:{region}:{finding}:{largest:g}")
 
 
+# A volume is a reconstruction of a scan, of which there are several.
+CT_RATE_VOLUME = re.compile(
+    r".*/(?P<part>train|valid)_fixed/(?:.*/)?"
+    r"(?P<volume>(?P<scan>(?P<patient>(?P=part)_\d+)_[a-z]+)_\d+)\.nii\.gz")
+
+
+def ct_rate(source, files, options):
+    """(train|valid)_fixed/**/*.nii.gz, one volume of each scan. Tables may also lie in --labels.
+
+    RadGenome has labels of the same volumes. Its task queries all of them: test.
+    """
+    radgenome = options.dataset == "radgenome"
+    tables = [os.path.join(source, path) for path in files]
+    if options.labels:
+        beside, _ = list_files(options.labels)
+        tables += [os.path.join(options.labels, path) for path in beside]
+
+    labels = finding_labels(source, tables, needed=not radgenome)
+    if radgenome:
+        add_status_labels(labels, source, tables)
+        add_size_labels(labels, source, tables)
+    no_chest = set()
+    for row in read_tables(source, tables, r"no_chest_\w+\.txt", columns=["name"], needed=False):
+        no_chest.add(os.path.basename(row["name"]).removesuffix(".nii.gz"))
+
+    # The shortest names come first: of a scan the volume _2 before _10.
+    samples = []
+    rejected = {}
+    scans = set()
+    for path in sorted(files, key=len):
+        match = CT_RATE_VOLUME.fullmatch(os.path.abspath(os.path.join(source, path)))
+        if match and match["volume"] in no_chest:
+            rejected[path] = Rejected("no chest CT by its list")
+        elif match and match["scan"] in scans:
+            rejected[path] = Rejected("another reconstruction of a kept scan")
+        elif match:
+            split = "train" if match["part"] == "train" and not radgenome else "test"
+            found = tuple(dict.fromkeys(labels[match["volume"]]))  # each label once
+            samples.append(Sample([path], "nifti", "ct", found, match["patient"], split))
+            scans.add(match["scan"])
+        elif path.endswith(".nii.gz"):
+            rejected[path] = Rejected("not of train_fixed or valid_fixed, whose headers are true")
+    return samples, rejected
+
+
 DATASETS = {"demo": find_in_folder, "folder": find_in_folder, "chestxray14": chestxray14,
-            "fetal_planes": fetal_planes, "kvasir_capsule": kvasir_capsule, "hyper_kvasir": hyper_kvasir,
-            "ct_rate": ct_rate, "radgenome": ct_rate}
+            "fetal_planes": fetal_planes, "kvasir_capsule": kvasir_capsule,
+            "hyper_kvasir": hyper_kvasir, "ct_rate": ct_rate, "radgenome": ct_rate}
 
 
 # ---- read one file: images, videos, NIfTI --------------------------------------------------------
@@ -1023,26 +1061,34 @@ def sample_frames(n, k, seed, notes):
     return sorted(random.Random(seed).sample(range(n), k))
 
 
-# ---- workers: every file is read in a child process ----------------------------------------------
+# ---- workers: one sample, decoded in a guarded child ---------------------------------------------
 def limit_time(seconds):
-    """End this process by a signal after so much processor time, or PATIENCE times as much on the clock; 0: never."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)  # SIGALRM
+    """End this process by a signal after so much processor time; 0 takes the limit away.
+
+    On the clock it may take PATIENCE times as long.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # sends SIGPROF
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)  # sends SIGALRM
 
 
 def content_seed(path):
-    """A number that depends on a file's content: its size and first 64 KiB.
+    """A number that follows from a file's content: from its size and its first 64 KiB.
 
-    CHOICE: it seeds the choice of frames (Sec. 3.4), so that a file as a query shows the same ones as in a cache.
+    CHOICE: it seeds the choice of frames (Sec. 3.1), so that a long video, as a query, shows the
+    frames that a cache holds of it.
     """
     with open(path, "rb") as file:
         head = file.read(2**16)
-    digest = hashlib.sha256(head + str(os.path.getsize(path)).encode()).digest()
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(head + str(size).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def decode(sample, source, size, slices, frames):
-    """Read a sample -> array (C, H, W, S), uint8 from 8-bit sources and float16 from deeper ones, and its notes."""
+    """Read a sample -> its array (C, H, W, S), and its notes.
+
+    The array is uint8 from 8-bit sources and float16 in [0, 1] from deeper ones.
+    """
     paths = [os.path.join(source, path) for path in sample.files]
     megabytes = sum(os.path.getsize(path) for path in paths) / 1e6
     limit_time(SECONDS + megabytes)
@@ -1050,12 +1096,12 @@ def decode(sample, source, size, slices, frames):
     content = READERS[sample.kind](paths, sample, frames, content_seed(paths[0]))
     notes = set(content.notes)
     if isinstance(content, Volume):
-        x = volume_to_array(content, sample.modality, size, slices, notes)  # (1, size, size, slices)
+        x = volume_to_array(content, sample.modality, size, slices, notes)  # (1, H, W, slices)
         high_bit_depth = content.voxels.itemsize > 1
     else:
-        # Videos and endoscopy are RGB: by that model.sample_kind tells them from volumes.
+        # Videos and endoscopy are RGB. model.sample_kind tells videos from volumes by that.
         colour = len(content.planes) > 1 or sample.modality == "endoscopy"
-        x = frames_to_array(content.planes, colour, size, content.spacing)  # (C, size, size, frames)
+        x = frames_to_array(content.planes, colour, size, content.spacing)  # (C, H, W, frames)
         high_bit_depth = content.high_bit_depth
 
     if high_bit_depth:
@@ -1066,36 +1112,74 @@ def decode(sample, source, size, slices, frames):
 
 
 def limit_process():
-    """In a child process: no output, an end by any signal, a limit of memory, one thread."""
-    # Decoders print what files say, also from C: the descriptors themselves lead nowhere now.
+    """In a child process: print nothing, die of any signal, limit memory and threads."""
+    # Decoders print what files say, and those in C know nothing of sys.stdout.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
 
-    # A handler in Python would wait for a decoder that hangs in C; the default action does not.
+    # A handler in Python would wait for a decoder that hangs in C. The default action does not.
     for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
-    # Addresses are limited, of which torch has taken many that it never uses: count from there.
+    # Linux limits addresses, of which torch has taken many that it never uses: count from there.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow warns from here, and refuses from twice as many
 
-    torch.set_num_threads(1)  # the processes share the cores
+    # Pillow warns from this number of pixels on, and refuses twice as many.
+    Image.MAX_IMAGE_PIXELS = PIXELS // 2
+    # The processes share the cores.
+    torch.set_num_threads(1)
 
 
 def answer_to(task, item):
-    """task(item), or the Rejected of this item, or a UserError, which is no item's fault."""
-    limit_time(SECONDS)  # decode allows large files more
+    """task(item), or the Rejected that it raises, or a UserError, which is no fault of the item."""
+    limit_time(SECONDS)  # decode allows more to large files
     try:
         answer = task(item)
     except (Rejected, UserError) as error:
-        answer = type(error)(*error.args)  # a copy, since the original holds the frames of its traceback, and these the pixels
+        # A copy: the traceback of the original holds the pixels.
+        answer = type(error)(*error.args)
     except BaseException as error:  # decoders raise all there is, KeyboardInterrupt included
         answer = Rejected("cannot be decoded", f"{type(error).__name__} {error}")
     limit_time(0)
     return answer
+
+
+def worker_loop(task, item, pipe, parent_ends):
+    """In a child process: answer a first item, then all that come through the pipe."""
+    # The fork copied the parent's ends of all pipes. Open here, they would outlive the parent.
+    for end in parent_ends:
+        end.close()
+    limit_process()
+
+    for _ in range(SAMPLES_PER_WORKER):
+        pipe.send(answer_to(task, item))
+        try:
+            item = pipe.recv()
+        except (EOFError, OSError):  # nothing is left to do, or the parent is gone
+            return
+
+
+class Work(NamedTuple):
+    """What a child process is doing."""
+    item: object
+    process: object
+    is_first: bool  # of the items that this process was given
+
+
+def start_worker(task, item, pipes):
+    """Fork a child process that begins with `item` -> the parent's end of a pipe, and its Work."""
+    fork = multiprocessing.get_context("fork")
+    pipe, child_end = fork.Pipe()
+    arguments = (task, item, child_end, [pipe, *pipes])
+    process = fork.Process(target=worker_loop, args=arguments, daemon=True)
+    process.start()
+
+    # Now the child alone holds its end, and the pipe is at its end when the child is.
+    child_end.close()
+    return pipe, Work(item, process, is_first=True)
 
 
 def why_it_died(exit_code):
@@ -1107,43 +1191,11 @@ def why_it_died(exit_code):
     return Rejected(f"decoder crashed (exit code {exit_code})")
 
 
-def worker_loop(task, item, pipe, parent_ends):
-    """In a child process: answer a first item, then those that come through the pipe, until it is closed."""
-    # The fork copied the parent's ends of all pipes. Left open here they would outlive the parent.
-    for end in parent_ends:
-        end.close()
-    limit_process()
-
-    for _ in range(SAMPLES_PER_WORKER):
-        pipe.send(answer_to(task, item))
-        try:
-            item = pipe.recv()
-        except (EOFError, OSError):  # there is nothing more to do, or the parent is gone
-            return
-
-
-class Work(NamedTuple):
-    """What a child process is doing."""
-    item: object
-    process: object
-    is_first: bool  # of the items that this process was given
-
-
-def start_worker(task, item, others):
-    """A child process that begins with `item` -> the parent's end of the pipe to it, and its Work."""
-    fork = multiprocessing.get_context("fork")
-    pipe, child_end = fork.Pipe()
-    process = fork.Process(target=worker_loop, args=(task, item, child_end, [pipe, *others]), daemon=True)
-    process.start()
-    child_end.close()  # now the child alone holds it, and the pipe ends when the child does
-    return pipe, Work(item, process, is_first=True)
-
-
 def run_in_workers(task, items, workers):
     """Yield (item, task(item)) or (item, Rejected), in any order; a UserError ends the run.
 
-    No file can end or hang it. A process may die of its item, or of what an earlier one left behind: the item
-    is tried again in a new process, and rejected if that dies too.
+    No file can end or hang it. A process may die of its item, or of what an earlier one left
+    behind: the item is tried again in a new process, and rejected if that dies too.
     """
     waiting = deque(items)
     running = {}  # {pipe: Work}
@@ -1169,16 +1221,16 @@ def run_in_workers(task, items, workers):
             if isinstance(answer, UserError):
                 raise answer
 
-            # The process gets its next item before the answer is used, so that it need not wait.
-            if waiting:
+            # The process goes on with the next item while this answer is used.
+            if not waiting:
+                pipe.close()
+            else:
                 item = waiting.popleft()
                 try:
                     pipe.send(item)
                     running[pipe] = Work(item, work.process, is_first=False)
                 except OSError:  # it is dead
                     start(item)
-            else:
-                pipe.close()  # its process ends
             yield work.item, answer
 
 
@@ -1191,51 +1243,60 @@ def pseudonym(key, text):
 
 
 def make_key(path):
-    """Write a random key, which only its owner may read. Of runs that start together the first one wins."""
+    """Write a random key, mode 0600. Of runs that start together the first one's counts."""
     folder = Path(path).absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:  # mode 0600
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(secrets.token_hex(32).encode())
         file.flush()
         os.fsync(file.fileno())
+
+        # A link is made whole or not at all, and never in place of another file.
         with suppress(FileExistsError):
-            os.link(file.name, path)  # whole or not at all, and never in place of another
+            os.link(file.name, path)
             print(f"made the new key {path}: keep it, and keep it apart from the cache")
 
 
 def read_key(path):
-    """The bytes of a key file, which is made if it does not exist; without a path the key of public data."""
+    """The bytes of a key file, which is made if there is none; without a path the public key."""
     if not path:
         return PUBLIC_KEY
     if not os.path.lexists(path):
         make_key(path)
+
     key = b""
     if os.path.isfile(path):
         key = Path(path).read_bytes().strip()
     if len(key) < 16:
-        raise UserError(f"{path}: no file of at least 16 bytes; name one that does not exist to have it made")
+        raise UserError(f"{path}: no file of at least 16 bytes; name one that does not exist to "
+                        "have it made")
     return key
 
 
-def key_of_cache(key, name):
-    """The key of the ids and patients of one cache: equal paths in two caches are two samples."""
+def key_of_cache(key, name, own_files):
+    """The key of all ids and patients of a cache.
+
+    Equal paths in two caches of a user's own files are two samples. Ids of public data are the
+    same everywhere.
+    """
+    if not own_files:
+        return key
     return hmac.digest(key, os.fsencode(name), "sha256")
 
 
 def possible_ids(sample, key, own_files):
-    """{modality: id} of a sample.
+    """{modality: id} of a sample, made of its key or of the path of its first file.
 
-    Of a user's own files the id depends on the modality, so that another one makes another array. Ids of the
-    public data sets do not, since they are published; RadGenome shares CT-RATE's.
+    Of a user's own files the modality is part of it, so that another one makes another array.
     """
     what = sample.key or sample.files[0]
-    if own_files:
-        return {modality: pseudonym(key, f"{modality}\0{what}") for modality in MODALITIES}
-    return {sample.modality: pseudonym(key, what)}
+    if not own_files:
+        return {sample.modality: pseudonym(key, what)}
+    return {modality: pseudonym(key, f"{modality}\0{what}") for modality in MODALITIES}
 
 
 def read_recipe(folder):
-    """What a cache was made with, as recipe.json holds it; UserError if that cannot be read."""
+    """What a cache was made with; UserError if recipe.json cannot be read or is an older one."""
     try:
         recipe = json.loads(Path(folder, "recipe.json").read_bytes())
         recipe |= {name: int(recipe[name]) for name in SIZES}
@@ -1253,7 +1314,7 @@ def read_sizes(folder):
 
 
 def check_recipe(folder, recipe, moved):
-    """UserError if a cache was made otherwise. As long as it has no sample, nothing is settled."""
+    """UserError if a cache was made otherwise. As long as it holds no sample, nothing is settled."""
     if not any(folder.glob("*.npy")):
         return
     made = read_recipe(folder)
@@ -1261,16 +1322,39 @@ def check_recipe(folder, recipe, moved):
     for name in ("dataset", "name", *SIZES):
         if made.get(name) != recipe[name]:
             differences.append(f"{name} {made.get(name)}")
+
+    # The source is a hash by the key: under another key it cannot be compared.
     if made.get("key") != recipe["key"]:
         differences.append("another key")
-    elif made.get("source") != recipe["source"] and not moved:  # a hash by the key
+    elif made.get("source") != recipe["source"] and not moved:
         differences.append("another source (--moved if the same data lie in a new place)")
     if differences:
-        raise UserError(f"{folder} was made with {', '.join(differences)}; give the same, or another --name")
+        raise UserError(f"{folder} was made with {', '.join(differences)}; give the same, or "
+                        "another --name")
+
+
+def save_sample(sample, source, folder, sizes):
+    """Make folder/ID.npy: the array, and behind it, where numpy does not look, the notes.
+
+    They are in one file, so that neither is lost without the other when a run is killed.
+    """
+    array, notes = decode(sample, source, **sizes)
+    with atomic_write(folder / f"{sample.id}.npy") as file:
+        np.save(file, array, allow_pickle=False)
+        file.write("\n".join(notes).encode())
+
+
+def read_shape_and_notes(folder, sample):
+    """Shape of a sample's array and its list of notes, without reading the array itself."""
+    array = load_sample(folder, {"id": sample.id}, mmap_mode="r")  # (C, H, W, S)
+    with open(array.filename, "rb") as file:
+        file.seek(array.offset + array.nbytes)
+        notes = file.read().decode().splitlines()
+    return array.shape, notes
 
 
 def write_csv(path, columns, rows, mode=0o666):
-    """A table with commas, whole or not at all; names of files that are not UTF-8 are escaped."""
+    """A table with commas, whole or not at all. What is not UTF-8 in names of files is escaped."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -1279,54 +1363,46 @@ def write_csv(path, columns, rows, mode=0o666):
         file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
 
-def save_sample(sample, source, folder, sizes):
-    """Make folder/ID.npy of a sample. Behind the array, where numpy does not look, stand the notes."""
-    array, notes = decode(sample, source, **sizes)
-    with atomic_write(folder / f"{sample.id}.npy") as file:
-        np.save(file, array, allow_pickle=False)
-        file.write("\n".join(notes).encode())  # in one file, so that nothing can part them
-
-
-def read_shape_and_notes(folder, sample):
-    """Shape of a sample's array, and its list of notes, without reading the array itself."""
-    array = load_sample(folder, {"id": sample.id}, mmap_mode="r")  # (C, H, W, S)
-    with open(array.filename, "rb") as file:
-        file.seek(array.offset + array.nbytes)
-        notes = file.read().decode().splitlines()
-    return array.shape, notes
-
-
 def write_tables(folder, samples, rejected):
-    """samples.csv of the samples whose arrays are there, and what only their owner may see -> {id: notes}."""
+    """samples.csv of the samples that have an array, sources.csv, rejected.csv -> {id: notes}."""
     table = []
     sources = []
     kept = {}
     for sample in samples:
-        if (folder / f"{sample.id}.npy").exists():
-            shape, notes = read_shape_and_notes(folder, sample)
-            table.append((sample.id, sample.modality, "|".join(sample.labels), sample.patient, sample.split,
-                          "x".join(str(length) for length in shape)))
-            sources.append((sample.id, sample.files[0], "; ".join(notes)))
-            kept[sample.id] = notes
-    reasons = [(path, str(rejected[path])) for path in sorted(rejected)]
+        if not (folder / f"{sample.id}.npy").exists():
+            continue
+        shape, notes = read_shape_and_notes(folder, sample)
+        lengths = "x".join(str(length) for length in shape)  # CxHxWxS
+        labels = "|".join(sample.labels)
+        table.append((sample.id, sample.modality, labels, sample.patient, sample.split, lengths))
+        sources.append((sample.id, sample.files[0], "; ".join(notes)))
+        kept[sample.id] = notes
 
-    write_csv(folder / "samples.csv", ["id", "modality", "labels", "patient", "split", "shape"], table)
+    # Only the first may leave the house: the others name files, and are for the owner alone.
+    columns = ["id", "modality", "labels", "patient", "split", "shape"]
+    write_csv(folder / "samples.csv", columns, table)
     write_csv(folder / "sources.csv", ["id", "path", "notes"], sources, 0o600)
+    reasons = [(path, str(rejected[path])) for path in sorted(rejected)]
     write_csv(folder / "rejected.csv", ["path", "reason"], reasons, 0o600)
     return kept
 
 
 def read_samples(folder):
-    """Rows of samples.csv as dicts: id, modality, labels (tuple), patient, split, shape (4 ints), folder."""
+    """Rows of samples.csv as dicts: id, modality, labels, patient, split, shape, folder.
+
+    labels is a tuple of texts, shape one of four numbers (C, H, W, S). UserError naming the line
+    if the table is not as write_tables makes it.
+    """
     path = Path(folder, "samples.csv")
+    columns = {"id", "modality", "labels", "patient", "split", "shape"}
     number = "([1-9][0-9]*)"
     rows = {}
     for line, row in read_table(path, "make the cache with prepare.py"):
-        complete = {"id", "modality", "labels", "patient", "split", "shape"} <= row.keys()
+        name = re.fullmatch("[0-9a-f]{16}", row.get("id", ""))
         shape = re.fullmatch(f"{number}x{number}x{number}x{number}", row.get("shape", ""))
-        known = re.fullmatch("[0-9a-f]{16}", row.get("id", ""))
-        if not complete or not shape or not known or row["id"] in rows:
+        if not columns <= row.keys() or not name or not shape or row["id"] in rows:
             raise UserError(f"{path}, line {line}: not as prepare.py wrote it; run it again")
+
         row["labels"] = tuple(label for label in row["labels"].split("|") if label)
         row["shape"] = tuple(int(length) for length in shape.groups())
         row["folder"] = str(folder)
@@ -1335,17 +1411,18 @@ def read_samples(folder):
 
 
 def read_last_tables(folder):
-    """Rows of the samples.csv of the run before, each with its `path` of sources.csv; none if there are no such tables."""
+    """Rows of samples.csv as the run before left it, each with its `path` of sources.csv."""
     try:
         rows = read_samples(folder)
         paths = {row["id"]: row["path"] for _, row in read_table(folder / "sources.csv")}
         return [row | {"path": paths[row["id"]]} for row in rows]
-    except (UserError, KeyError):  # the first run, one that kept nothing, or damage that this run repairs
+    except (UserError, KeyError):
+        # It is the first run, or nothing was kept, or this run mends what is damaged.
         return []
 
 
 def load_sample(folder, row, **options):
-    """The cached array (C, H, W, S), uint8 or float16, of a row of read_samples; UserError if it is not."""
+    """The array (C, H, W, S), uint8 or float16, of a row of read_samples; UserError if it is not."""
     path = Path(folder, f"{row['id']}.npy")
     message = f"{path}: not the array of samples.csv; delete it and run prepare.py again"
     try:
@@ -1374,7 +1451,7 @@ class CachedDataset(Dataset):
 
 
 def find_query(path, modality):
-    """The one sample that a file, any file of a series or a folder stands for, and the folder it is found in."""
+    """The one sample that a file, a file of a series or a folder stands for, and its source."""
     def modality_of(_):
         return modality or ""
 
@@ -1384,38 +1461,43 @@ def find_query(path, modality):
         samples, rejected = find_samples(source, files, modality_of, allow_2d=False, workers=1)
     elif path.is_file():
         source = path.parent
-        samples, rejected = find_samples(source, [path.name], modality_of, allow_2d=True, workers=1)
+        files = [path.name]
+        samples, rejected = find_samples(source, files, modality_of, allow_2d=True, workers=1)
+
+        # It may be a slice: the others of its series are among the files beside it.
         if samples and samples[0].kind == "dicom" and samples[0].modality in VOLUMES:
-            # It may be a slice: its series are among the files beside it.
             files = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
-            samples, rejected = find_samples(source, files, modality_of, allow_2d=True, workers=1)
-            samples = [sample for sample in samples if path.name in sample.files]
-            rejected = {name: rejected[name] for name in rejected if name == path.name}
+            found, left_out = find_samples(source, files, modality_of, allow_2d=True, workers=1)
+            samples = [sample for sample in found if path.name in sample.files]
+            rejected = {name: left_out[name] for name in left_out if name == path.name}
     else:
         raise UserError(f"{path}: no such file or folder")
 
     if not samples and rejected:
         raise UserError(f"{path}: {next(iter(rejected.values()))}")
     if len(samples) != 1:
-        names = [f"holds {len(samples)} samples; name one"]
-        names += [sample.files[0] for sample in samples[:9]]
-        raise UserError(f"{path}: {', '.join(names)}")
+        names = ", ".join(sample.files[0] for sample in samples[:9])
+        raise UserError(f"{path}: holds {len(samples)} samples; name one, {names}")
     return samples[0], source
 
 
 def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
-    """One medical image, video or volume, read as for a cache -> its modality, and its array (C, H, W, S).
+    """One medical image, video or volume, read as for a cache -> modality, array (C, H, W, S).
 
-    `path` is a file, any file of a DICOM series, or the folder of one series. The array is uint8 in 0..255 from
-    sources of 8 bits, else float16 in [0, 1]: (1, size, size, 1) of an image, (3, size, size, 1) of an endoscopic
-    one, (3, size, size, frames) of a video, (1, size, size, slices) of a volume. Sizes must be those of the cache
-    that it is compared with (read_sizes). model.unit brings both types to [0, 1].
+    `path` is a file, any file of a DICOM series, or a folder that holds one series. Sizes must be
+    those of the cache that the array is compared with (read_sizes).
 
-    The modality is `modality`, one of MODALITIES, else what a DICOM tag says, else `likely`, else what such files
-    mostly are; a line on stderr says so where it was neither told nor tagged. It decides how values are scaled.
+    The array is uint8 in 0..255 from 8-bit sources, else float16 in [0, 1]; model.unit makes both
+    float32 in [0, 1]. Of an image it is (1, size, size, 1), of an endoscopic one (3, size, size,
+    1), of a video (3, size, size, frames), of a volume (1, size, size, slices).
 
-    UserError, with the reason that prepare.py would write to rejected.csv, if there is no such file, if it cannot
-    be read or is blank, if it is a slice of a left-out part of its series, or if a folder holds several samples.
+    The modality, by which values are scaled, is `modality`, one of MODALITIES, else what a DICOM
+    tag says, else `likely`, else what such files mostly are. A line on stderr says so where it was
+    neither told nor tagged.
+
+    UserError if there is no such file, or with the reason that prepare.py writes to rejected.csv:
+    it cannot be decoded, is blank, is a slice of a part of its series that no volume takes; or if
+    a folder holds several samples.
     """
     path = Path(path).absolute()
     sample, source = find_query(path, modality)
@@ -1435,33 +1517,48 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
 
 
 # ---- command line --------------------------------------------------------------------------------
-def parse_arguments():
-    """The command line, and what follows from it: `folder` of the cache, `part` as a slice, `own_files`."""
+def make_parser():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", choices=DATASETS)
-    add("source", nargs="?", metavar="SOURCE", help="folder that holds the data (demo: where to write them)")
+    add("source", nargs="?", metavar="SOURCE",
+        help="folder that holds the data (demo: where to write them, default demo)")
     add("--out", default="cache", help="folder of the caches (default cache)")
     add("--name", help="name of this cache (default: the data set's)")
     add("--modality", help="folder: what the files are, where DICOM does not say it")
-    add("--labels", help="folder: a table of path (from SOURCE on), labels (joined by |), if wanted patient, "
-        "split, modality; or the word folders: the folder is the label. ct_rate, radgenome: folder of tables")
+    add("--labels",
+        help="folder: a table of path (from SOURCE on), labels (joined by |), if wanted patient, "
+        "split, modality; or the word folders: the folder is the label. ct_rate, radgenome: "
+        "folder of tables")
     add("--key-file", help="secret key of the ids, made if absent; give one for patients' data")
     add("--allow-2d", action="store_true", help="keep single CT and MR slices as images")
-    for name, what in (("size", "longer side, pixels"), ("slices", "of a volume"), ("frames", "of a video")):
-        add(f"--{name}", type=int, help=f"{what} (default {SIZES[name]}, demo {DEMO_SIZES[name]})")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
-    add("--shard", metavar="I/N", help="make part I of N only, counted from 0; after the last, run once without it")
-    add("--prune", action="store_true", help="delete the arrays whose files are gone")
-    add("--moved", action="store_true", help="SOURCE is another place, but the same data as before")
-    options = parser.parse_args()
+    meanings = {"size": "longer side, pixels", "slices": "of a volume", "frames": "of a video"}
+    for name, meaning in meanings.items():
+        defaults = f"default {SIZES[name]}, demo {DEMO_SIZES[name]}"
+        add(f"--{name}", type=int, help=f"{meaning} ({defaults})")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)),
+        help="processes (default: all cores)")
+    add("--shard", metavar="I/N",
+        help="make part I of N only, counted from 0; after the last, run once without it")
+    add("--moved", action="store_true", help="SOURCE is a new place of the same data")
+    add("--prune", action="store_true", help="delete arrays whose files are gone")
+    return parser
 
+
+def parse_arguments():
+    """The command line, and what follows from it: own_files, folder of the cache, part as a slice."""
+    parser = make_parser()
+    options = parser.parse_args()
+    demo = options.dataset == "demo"
+    options.own_files = options.dataset in ("folder", "demo")
+    for name, default in (DEMO_SIZES if demo else SIZES).items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    if min(options.size, options.slices, options.frames, options.workers) < 1:
+        parser.error("sizes and workers are at least 1")
     if options.modality and options.modality not in MODALITIES:
         parser.error(f"--modality {options.modality} is not known: {ABOUT_MODALITIES}")
-    demo = options.dataset == "demo"
-    for name, value in (DEMO_SIZES if demo else SIZES).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+
     if demo and options.source is None:
         options.source = "demo"
     if options.source is None:
@@ -1470,40 +1567,51 @@ def parse_arguments():
         options.name = options.dataset
     if options.name != os.path.basename(options.name) or options.name.startswith("."):
         parser.error("--name is a plain name; --out says where its folder lies")
-    if min(options.size, options.slices, options.frames, options.workers) < 1:
-        parser.error("sizes and workers are at least 1")
+    options.folder = Path(options.out, options.name)
 
     shard = re.fullmatch(r"(?P<part>\d+)/(?P<parts>\d+)", options.shard or "0/1")
     if not shard or int(shard["part"]) >= int(shard["parts"]):
         parser.error("--shard is I/N, and I counts from 0 to N - 1")
     if options.shard and options.prune:
-        parser.error("--prune goes with the run without --shard")
+        parser.error("--prune goes with the run without --shard, which knows all samples")
     options.part = slice(int(shard["part"]), None, int(shard["parts"]))
-    options.folder = Path(options.out, options.name)
-    options.own_files = options.dataset in ("folder", "demo")
     return options
 
 
+def make_recipe(options, key):
+    """What a cache remembers once it holds a sample. Key and paths are hashes that tell nothing."""
+    recipe = {"version": VERSION, "dataset": options.dataset}
+    # The ids of own files depend on the name: under another one all would be made again.
+    recipe["name"] = options.name if options.own_files else ""
+    for name in SIZES:
+        recipe[name] = getattr(options, name)
+    recipe["key"] = pseudonym(key, "key")
+    recipe["source"] = pseudonym(key, os.path.realpath(options.source))
+    return recipe
+
+
 def find_all(options):
-    """All samples of the source and {path: Rejected}, as its kind of data set has them."""
+    """All samples of the source, and {path: Rejected} of the files that are in none."""
     files, rejected = list_files(options.source)
     try:
         samples, left_out = DATASETS[options.dataset](options.source, files, options)
     except (LookupError, ValueError) as error:
-        raise UserError(f"{options.source}: not laid out as {options.dataset} is published ({error!r})") from error
+        raise UserError(f"{options.source}: not laid out as {options.dataset} is published "
+                        f"({error!r})") from error
     rejected |= left_out
 
-    known = set(rejected)
+    taken = set()
     for sample in samples:
-        known.update(sample.files)
+        taken.update(sample.files)
         if not sample.modality:
             for path in sample.files:
                 rejected[path] = Rejected("modality unknown; give --modality")
 
     # No file of a known kind disappears without a word.
     for path in files:
-        if path not in known and kind_of(os.path.join(options.source, path)):
-            rejected[path] = Rejected("no sample by its name and the data set's tables, or twice here")
+        unnamed = path not in taken and path not in rejected
+        if unnamed and kind_of(os.path.join(options.source, path)):
+            rejected[path] = Rejected("no sample by its name and the tables, or twice here")
     if not samples and not rejected:
         raise UserError(f"{options.source}: holds no files of {options.dataset}")
     return samples, rejected
@@ -1512,48 +1620,40 @@ def find_all(options):
 def last_change(paths):
     """When the newest of the files was written, copied or put in its place, in ns."""
     now = time.time_ns()
-    times = [0]
+    latest = 0
     for path in paths:
-        with suppress(OSError):  # a file that has vanished: reading it will say so
+        with suppress(OSError):  # it has vanished: reading it will say so
             for status in (os.stat(path), os.lstat(path)):  # of the file, and of a link to it
-                times += [status.st_mtime_ns, status.st_ctime_ns]
-    return max(change for change in times if change <= now)  # a wrong clock may have set times to come
+                for change in (status.st_mtime_ns, status.st_ctime_ns):
+                    if change <= now:  # a wrong clock sets times to come
+                        latest = max(latest, change)
+    return latest
 
 
 def remove_outdated(samples, options, key):
-    """Delete the arrays of samples whose files have changed since, and those made as another modality."""
+    """Delete arrays that are older than a file of theirs, or were made as another modality."""
     made = {path.stem: path.stat().st_mtime_ns for path in options.folder.glob("*.npy")}
     for sample in samples:
+        paths = [os.path.join(options.source, path) for path in sample.files]
         for modality, name in possible_ids(sample, key, options.own_files).items():
             if name not in made:
                 continue
-            paths = [os.path.join(options.source, path) for path in sample.files]
             if modality != sample.modality or last_change(paths) > made[name]:
                 (options.folder / f"{name}.npy").unlink(missing_ok=True)
 
 
-def make_recipe(options, key):
-    """What a cache remembers of how it is made, once it holds a sample: paths and key as hashes that tell nothing."""
-    recipe = {"version": VERSION, "dataset": options.dataset}
-    recipe["name"] = options.name if options.own_files else ""  # on which the ids of own files depend
-    for name in SIZES:
-        recipe[name] = getattr(options, name)
-    recipe["key"] = pseudonym(key, "key")
-    recipe["source"] = pseudonym(key, os.path.realpath(options.source))
-    return recipe
-
-
 def make_arrays(samples, options):
     """Make the arrays that are missing -> {path: Rejected} of the files that cannot be read."""
+    folder = options.folder
     sizes = {name: getattr(options, name) for name in SIZES}
-    missing = [sample for sample in samples if not (options.folder / f"{sample.id}.npy").exists()]
+    missing = [sample for sample in samples if not (folder / f"{sample.id}.npy").exists()]
 
     def save(sample):
-        save_sample(sample, options.source, options.folder, sizes)
+        save_sample(sample, options.source, folder, sizes)
 
     rejected = {}
     answers = run_in_workers(save, missing, options.workers)
-    for sample, answer in tqdm(answers, total=len(missing), unit="sample", desc=options.folder.name,
+    for sample, answer in tqdm(answers, total=len(missing), unit="sample", desc=folder.name,
                                disable=not missing):
         if isinstance(answer, Rejected):
             for path in sample.files:  # of a series every slice
@@ -1562,32 +1662,36 @@ def make_arrays(samples, options):
 
 
 def warn_of_losses(options, last, kept):
-    """Say if samples, or their labels, have gone since the tables of the run before (rows `last`), and why."""
-    paths = {sample.files[0] for sample in kept}
+    """Say if samples or labels of the last tables (rows) are not among those kept now, and why."""
     ids = {sample.id for sample in kept}
+    paths = {sample.files[0] for sample in kept}
     gone = [row for row in last if row["id"] not in ids and row["path"] not in paths]
-    no_file = [row for row in gone if not os.path.exists(os.path.join(options.source, row["path"]))]
+    without_file = 0
+    for row in gone:
+        if not os.path.exists(os.path.join(options.source, row["path"])):
+            without_file += 1
+
     labelled_before = sum(row["labels"] != () for row in last)
     labelled_now = sum(sample.labels != () for sample in kept)
     forgotten = labelled_now < labelled_before and not options.labels
-
-    if gone and 2 * len(no_file) > len(gone):
-        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone: so are their files")
-    elif gone and forgotten:
-        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone; that table had labels: "
-              "was --labels forgotten?")
-    elif gone:
-        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone: rejected.csv says why")
+    if gone:
+        if 2 * without_file > len(gone):
+            reason = "so are their files"
+        elif forgotten:
+            reason = "that table had labels: was --labels forgotten?"
+        else:
+            reason = "rejected.csv says why"
+        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone; {reason}")
     elif forgotten:
-        print(f"warning: {labelled_before} samples of the last table had labels, {labelled_now} have some now: "
-              "was --labels forgotten?")
+        print(f"warning: {labelled_before} samples of the last table had labels, {labelled_now} "
+              "have some now: was --labels forgotten?")
 
 
 def report(options, kept, rejected):
     """The closing lines, which quote no file; UserError if no sample was kept."""
-    notes = Counter(note for notes in kept.values() for note in notes)
+    # Texts and tables lie in every archive: that reason comes after all others.
     reasons = Counter(answer.reason for answer in rejected.values())
-    unknown = reasons.pop(UNKNOWN_FILE, 0)  # texts and tables lie everywhere, so this reason comes last
+    unknown = reasons.pop(UNKNOWN_FILE, 0)
     commonest = reasons.most_common(3)
     if unknown:
         commonest.append((UNKNOWN_FILE, unknown))
@@ -1595,74 +1699,86 @@ def report(options, kept, rejected):
         raise UserError(f"nothing in {options.source} could be read (mostly: {commonest[0][0]}); "
                         f"see {options.folder}/rejected.csv")
 
-    if notes[BURNED_IN]:
-        print(f"warning: {notes[BURNED_IN]} samples of DICOM files: each {BURNED_IN}")
-    noted = sum(len(notes) > 0 for notes in kept.values())
+    noted = 0
+    counts = Counter()
+    for notes in kept.values():
+        noted += len(notes) > 0
+        counts.update(notes)
+    if counts[BURNED_IN]:
+        print(f"warning: {counts[BURNED_IN]} samples of DICOM files: each {BURNED_IN}")
     print(f"{options.folder}: {len(kept)} samples, {noted} with notes (sources.csv); "
           f"{len(rejected)} files left out (rejected.csv)")
-    for note, count in notes.most_common(5):
+    for note, count in counts.most_common(5):
         print(f"  {count} samples: {note}")
     for reason, count in commonest[:3]:
         print(f"  {count} files left out: {reason}")
 
 
 def prune(options, samples, key):
-    """Name the arrays that no sample of the source has, and delete them if asked to."""
+    """Name the arrays that are of no sample in the source, and delete them if asked to.
+
+    An array of a sample whose modality nobody says now may be one by a forgotten flag: it stays.
+    """
     ids = set()
-    for sample in samples:  # also those of unknown modality, which may be a forgotten flag
+    for sample in samples:
         ids.update(possible_ids(sample, key, options.own_files).values())
-    orphans = sorted(path.stem for path in options.folder.glob("*.npy") if path.stem not in ids)
+    orphans = sorted(path for path in options.folder.glob("*.npy") if path.stem not in ids)
     if not orphans:
         return
 
-    names = " ".join(orphans[:20]) + (" ..." if len(orphans) > 20 else "")
+    names = " ".join(path.stem for path in orphans[:20])
+    if len(orphans) > 20:
+        names += " ..."
     if options.prune:
-        for name in orphans:
-            (options.folder / f"{name}.npy").unlink(missing_ok=True)
-        print(f"deleted {len(orphans)} arrays whose files are gone: {names}")
+        for path in orphans:
+            path.unlink(missing_ok=True)
+        print(f"deleted {len(orphans)} arrays of no file in {options.source}: {names}")
     else:
-        print(f"warning: {len(orphans)} arrays are of no file in {options.source} (--prune deletes them): {names}")
+        print(f"warning: {len(orphans)} arrays are of no file in {options.source} (--prune "
+              f"deletes them): {names}")
 
 
 def main():
     options = parse_arguments()
     tqdm.monitor_interval = 0  # no thread beside the forks
     if options.dataset == "demo":
-        from tests.phantoms import write_demo  # the tests' own files, which only the demo needs
-        print(f"prepare.py demo --size {options.size} --slices {options.slices} --frames {options.frames}")
-        options.labels = write_demo(options.source)  # files and a table like anyone's
+        # Phantoms, written as files and then read like any others. The tests make them too.
+        from tests.phantoms import write_demo
+        print(f"prepare.py demo --size {options.size} --slices {options.slices} "
+              f"--frames {options.frames}")
+        options.labels = write_demo(options.source)
     if not os.path.isdir(options.source):
         raise UserError(f"{options.source}: no such folder; give the folder that holds the data")
-
     key = read_key(options.key_file)
     recipe = make_recipe(options, key)
     check_recipe(options.folder, recipe, options.moved)
-    if options.own_files:
-        key = key_of_cache(key, options.name)
 
-    samples, rejected = find_all(options)
+    found, rejected = find_all(options)
     if options.dataset == "folder" and not options.key_file:
-        print("note: ids are made with a public key: anyone can test a guess; patients' data need --key-file")
-    for sample in samples:
-        sample.id = possible_ids(sample, key, options.own_files).get(sample.modality, "")
-        sample.patient = pseudonym(key, sample.patient)
-    named = [sample for sample in samples if sample.modality]
-    named.sort(key=lambda sample: sample.id)  # an order that tells nothing, and parts of any kind of file
+        print("note: ids are made with a public key: anyone can test a guess; patients' data "
+              "need --key-file")
+    cache_key = key_of_cache(key, options.name, options.own_files)
+    for sample in found:
+        sample.id = possible_ids(sample, cache_key, options.own_files).get(sample.modality, "")
+        sample.patient = pseudonym(cache_key, sample.patient)
+    # The order of ids tells nothing, and gives each part files of every kind.
+    samples = sorted((sample for sample in found if sample.id), key=lambda sample: sample.id)
 
     with atomic_write(options.folder / "recipe.json") as file:
         file.write(json.dumps(recipe).encode())
-    part = named[options.part]
-    remove_outdated(part, options, key)
+    part = samples[options.part]
+    remove_outdated(part, options, cache_key)
     rejected |= make_arrays(part, options)
     if options.shard:
-        print(f"{options.folder}: part {options.shard} is made; after the last part, run once without --shard")
+        print(f"{options.folder}: part {options.shard} is made; after the last part, run once "
+              "without --shard")
         return
 
     last = read_last_tables(options.folder)
-    kept = write_tables(options.folder, named, rejected)
-    warn_of_losses(options, last, [sample for sample in named if sample.id in kept])
+    kept = write_tables(options.folder, samples, rejected)
+    warn_of_losses(options, last, [sample for sample in samples if sample.id in kept])
     report(options, kept, rejected)
-    prune(options, samples, key)
+    prune(options, found, cache_key)
 
 
 if __name__ == "__main__":

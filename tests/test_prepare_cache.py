@@ -710,7 +710,7 @@ def test_arrays_of_files_that_are_gone_are_named_and_pruned_when_asked(tmp_path,
     assert f"1 arrays are of no file in {data} (--prune deletes them): {gone}\n" in capsys.readouterr().out
     assert (cache / f"{gone}.npy").exists()
     left, _ = prepare_main(monkeypatch, tmp_path, *args, "--prune")
-    assert f"deleted 1 arrays whose files are gone: {gone}\n" in capsys.readouterr().out
+    assert f"deleted 1 arrays of no file in {data}: {gone}\n" in capsys.readouterr().out
     assert {path.stem for path in cache.glob("*.npy")} == {row["id"] for row in left.values()} and len(left) == 2
     prepare_main(monkeypatch, tmp_path, *args)
     assert gone not in capsys.readouterr().out
@@ -761,9 +761,9 @@ def test_a_table_that_shrinks_says_so_and_why(tmp_path, monkeypatch, capsys):
     said(*labels)
     (data / "a.dcm").unlink()
     (data / "d.png").unlink()
-    assert said(*labels) == ["warning: 2 of the 4 samples of the last table are gone: so are their files"]
+    assert said(*labels) == ["warning: 2 of the 4 samples of the last table are gone; so are their files"]
     (data / "c.png").write_bytes(b"no image")
-    assert said(*labels) == ["warning: 1 of the 2 samples of the last table are gone: rejected.csv says why"]
+    assert said(*labels) == ["warning: 1 of the 2 samples of the last table are gone; rejected.csv says why"]
 
 
 def test_another_modality_is_no_loss(tmp_path, monkeypatch, capsys):
@@ -922,7 +922,7 @@ def test_runs_that_start_together_take_the_key_of_the_first(tmp_path):
 def test_temporary_files_of_another_run_are_left_alone(tmp_path, monkeypatch):
     """The other run is at the very sample that this one makes too."""
     png(tmp_path / "data/a.png")
-    key = prepare.key_of_cache(prepare.PUBLIC_KEY, "x")
+    key = prepare.key_of_cache(prepare.PUBLIC_KEY, "x", own_files=True)
     name = prepare.possible_ids(prepare.Sample(["a.png"], "image"), key, own_files=True)["xray"]
     other = tmp_path / f"cache/x/.{name}.npy.12345678.tmp"
     other.parent.mkdir(parents=True)
@@ -942,6 +942,23 @@ def test_own_caches_and_hidden_folders_are_not_read_and_said(tmp_path, monkeypat
     assert {path: reason.split(",")[0] for path, reason in rejected.items()} == {
         ".Trash": "hidden", "sub/.snapshot": "hidden", "__MACOSX": "hidden", "cache/own": "cache of this program",
         "recipes/recipe.json": "not a DICOM"}
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+    png(tmp_path / "data/a.png")
+    png(tmp_path / "data/sub/locked/b.png")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    files, rejected = prepare.list_files(tmp_path / "data")
+    assert files == ["a.png"]
+    assert {path: str(reason) for path, reason in rejected.items()} == {
+        "sub/locked": "folder cannot be read: Permission denied"}
 
 
 def test_notes_stand_beside_the_sample_also_after_an_interrupted_run(tmp_path, monkeypatch, capsys):
