@@ -7,7 +7,7 @@ Out: cache/NAME/ID.npy, (C, H, W, S): image (1 or 3, 256, 256, 1), video (3, 256
      and why. Only the last two name files.
 Volumes: H runs from front to back, W from the patient's right (image left) to left, S from feet up.
 
-    python prepare.py folder /data/mr --name my_mr --modality mri --labels labels.csv --key-file my.key
+    python prepare.py folder /data/mr --name my_mr --modality mri --labels labels.csv
 
 A sample is done when its .npy exists. The same command again makes what is missing or has changed.
 
@@ -151,7 +151,7 @@ class Frames(NamedTuple):
 
 
 class Volume(NamedTuple):
-    """What a reader of volumes gives; voxels * slope + intercept are the values in the file's unit."""
+    """What a reader of volumes gives; voxels * slope + intercept are values in the file's unit."""
     voxels: np.ndarray  # (i, j, k) as stored
     affine: np.ndarray  # (4, 4) from (i, j, k) to RAS+ mm
     slope: float = 1.0
@@ -173,7 +173,7 @@ def stop(bad, message):
 
 
 def cli(main):
-    """Run main(). What a user can cause ends as one line on stderr and exit code 1, no traceback."""
+    """Run main(). What a user can cause ends as one line on stderr and exit code 1."""
     try:
         return main()
     except (UserError, OSError) as error:
@@ -566,7 +566,7 @@ def find_in_folder(source, files, options):
 
 # ---- public data sets, as published --------------------------------------------------------------
 def read_tables(folder, files, pattern, columns=None, needed=True):
-    """Rows of all tables below `folder` whose name matches; UserError if one is needed and missing."""
+    """Rows of all tables below `folder` whose name matches; UserError if a needed one is missing."""
     rows = []
     for path in files:
         if re.fullmatch(pattern, os.path.basename(path)):
@@ -1301,7 +1301,8 @@ def read_recipe(folder):
         recipe = json.loads(Path(folder, "recipe.json").read_bytes())
         recipe |= {name: int(recipe[name]) for name in SIZES}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/recipe.json: missing or damaged; make the cache again") from error
+        message = f"{folder}/recipe.json: missing or damaged; make the cache again"
+        raise UserError(message) from error
     if recipe.get("version", VERSION) != VERSION:
         raise UserError(f"{folder}: made by an older version; delete the folder and prepare again")
     return recipe
@@ -1314,7 +1315,7 @@ def read_sizes(folder):
 
 
 def check_recipe(folder, recipe, moved):
-    """UserError if a cache was made otherwise. As long as it holds no sample, nothing is settled."""
+    """UserError if a cache was made otherwise. As long as it has no sample, nothing is settled."""
     if not any(folder.glob("*.npy")):
         return
     made = read_recipe(folder)
@@ -1334,23 +1335,31 @@ def check_recipe(folder, recipe, moved):
 
 
 def save_sample(sample, source, folder, sizes):
-    """Make folder/ID.npy: the array, and behind it, where numpy does not look, the notes.
+    """Make folder/ID.npy. Behind the array, where numpy does not look, stands what it is made of.
 
-    They are in one file, so that neither is lost without the other when a run is killed.
+    All is in one file, so that nothing is lost without the rest when a run is killed.
     """
     array, notes = decode(sample, source, **sizes)
+    lines = [str(len(sample.files)), *notes]
     with atomic_write(folder / f"{sample.id}.npy") as file:
         np.save(file, array, allow_pickle=False)
-        file.write("\n".join(notes).encode())
+        file.write("\n".join(lines).encode())
 
 
-def read_shape_and_notes(folder, sample):
-    """Shape of a sample's array and its list of notes, without reading the array itself."""
-    array = load_sample(folder, {"id": sample.id}, mmap_mode="r")  # (C, H, W, S)
+class Made(NamedTuple):
+    """What an array file says of itself."""
+    shape: tuple  # (C, H, W, S)
+    files: int  # how many it is made of
+    notes: list
+
+
+def read_made(folder, name):
+    """The Made of an id, without reading the array itself."""
+    array = load_sample(folder, {"id": name}, mmap_mode="r")  # (C, H, W, S)
     with open(array.filename, "rb") as file:
         file.seek(array.offset + array.nbytes)
-        notes = file.read().decode().splitlines()
-    return array.shape, notes
+        lines = file.read().decode().split("\n")
+    return Made(array.shape, files=int(lines[0] or 0), notes=lines[1:])
 
 
 def write_csv(path, columns, rows, mode=0o666):
@@ -1371,12 +1380,12 @@ def write_tables(folder, samples, rejected):
     for sample in samples:
         if not (folder / f"{sample.id}.npy").exists():
             continue
-        shape, notes = read_shape_and_notes(folder, sample)
-        lengths = "x".join(str(length) for length in shape)  # CxHxWxS
+        made = read_made(folder, sample.id)
+        shape = "x".join(str(length) for length in made.shape)
         labels = "|".join(sample.labels)
-        table.append((sample.id, sample.modality, labels, sample.patient, sample.split, lengths))
-        sources.append((sample.id, sample.files[0], "; ".join(notes)))
-        kept[sample.id] = notes
+        table.append((sample.id, sample.modality, labels, sample.patient, sample.split, shape))
+        sources.append((sample.id, sample.files[0], "; ".join(made.notes)))
+        kept[sample.id] = made.notes
 
     # Only the first may leave the house: the others name files, and are for the owner alone.
     columns = ["id", "modality", "labels", "patient", "split", "shape"]
@@ -1422,7 +1431,7 @@ def read_last_tables(folder):
 
 
 def load_sample(folder, row, **options):
-    """The array (C, H, W, S), uint8 or float16, of a row of read_samples; UserError if it is not."""
+    """The array (C, H, W, S), uint8 or float16, of a row of read_samples; UserError if it is none."""
     path = Path(folder, f"{row['id']}.npy")
     message = f"{path}: not the array of samples.csv; delete it and run prepare.py again"
     try:
@@ -1473,9 +1482,11 @@ def find_query(path, modality):
     else:
         raise UserError(f"{path}: no such file or folder")
 
-    if not samples and rejected:
-        raise UserError(f"{path}: {next(iter(rejected.values()))}")
-    if len(samples) != 1:
+    if not samples:
+        # Texts may lie beside images: why those are left out is no answer if there is another.
+        answers = sorted(rejected.values(), key=lambda answer: answer.reason == UNKNOWN_FILE)
+        raise UserError(f"{path}: {answers[0] if answers else 'holds no file that is read'}")
+    if len(samples) > 1:
         names = ", ".join(sample.files[0] for sample in samples[:9])
         raise UserError(f"{path}: holds {len(samples)} samples; name one, {names}")
     return samples[0], source
@@ -1546,7 +1557,7 @@ def make_parser():
 
 
 def parse_arguments():
-    """The command line, and what follows from it: own_files, folder of the cache, part as a slice."""
+    """The command line, and what follows from it: own_files, folder of the cache, part (a slice)."""
     parser = make_parser()
     options = parser.parse_args()
     demo = options.dataset == "demo"
@@ -1630,16 +1641,25 @@ def last_change(paths):
     return latest
 
 
+def is_outdated(sample, source, folder, made_at):
+    """True if files of a sample have changed, come or gone since its array was made."""
+    paths = [os.path.join(source, path) for path in sample.files]
+    if last_change(paths) > made_at:
+        return True
+    return len(paths) > 1 and read_made(folder, sample.id).files != len(paths)
+
+
 def remove_outdated(samples, options, key):
-    """Delete arrays that are older than a file of theirs, or were made as another modality."""
-    made = {path.stem: path.stat().st_mtime_ns for path in options.folder.glob("*.npy")}
+    """Delete the arrays of samples whose files have changed, or that were of another modality."""
+    folder = options.folder
+    made_at = {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
     for sample in samples:
-        paths = [os.path.join(options.source, path) for path in sample.files]
         for modality, name in possible_ids(sample, key, options.own_files).items():
-            if name not in made:
+            if name not in made_at:
                 continue
-            if modality != sample.modality or last_change(paths) > made[name]:
-                (options.folder / f"{name}.npy").unlink(missing_ok=True)
+            other = modality != sample.modality
+            if other or is_outdated(sample, options.source, folder, made_at[name]):
+                (folder / f"{name}.npy").unlink(missing_ok=True)
 
 
 def make_arrays(samples, options):
@@ -1681,7 +1701,8 @@ def warn_of_losses(options, last, kept):
             reason = "that table had labels: was --labels forgotten?"
         else:
             reason = "rejected.csv says why"
-        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone; {reason}")
+        print(f"warning: {len(gone)} of the {len(last)} samples of the last table are gone; "
+              f"{reason}")
     elif forgotten:
         print(f"warning: {labelled_before} samples of the last table had labels, {labelled_now} "
               "have some now: was --labels forgotten?")

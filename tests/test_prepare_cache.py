@@ -687,6 +687,17 @@ def test_a_series_that_gained_slices_is_read_again(tmp_path, monkeypatch):
     assert np.array_equal(one, two)
 
 
+def test_a_series_that_lost_a_slice_is_read_again(tmp_path, monkeypatch):
+    hu, affine = phantom()
+    args = ["--size", 32, "--slices", 8]
+    series(tmp_path / "data", hu, affine)
+    prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *args)
+    last = max((pydicom.dcmread(path).ImagePositionPatient[2], path) for path in (tmp_path / "data").iterdir())
+    last[1].unlink()
+    assert made_again(monkeypatch, tmp_path, *args)
+    assert not made_again(monkeypatch, tmp_path, *args)
+
+
 def test_a_file_that_became_unreadable_leaves_no_old_array(tmp_path, monkeypatch):
     png(tmp_path / "data/a.png")
     png(tmp_path / "data/b.png")
@@ -835,6 +846,18 @@ def test_a_query_shows_the_frames_that_the_cache_holds(tmp_path, monkeypatch):
         assert np.array_equal(x, load(row)), path
     firsts = {load(row)[0, 16, 16].tobytes() for row in kept.values()}
     assert len(firsts) == 3, "and other files show others"
+
+
+def test_a_folder_as_a_query_says_why_it_is_none(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="data: holds no file that is read"):
+        read_any(tmp_path / "data")
+    (tmp_path / "data/a.txt").write_text("notes")
+    with pytest.raises(UserError, match="data: not a DICOM"):
+        read_any(tmp_path / "data")
+    shutil.copy(WHEEL / "rtplan.dcm", tmp_path / "data/plan.dcm")
+    with pytest.raises(UserError, match="data: no image"):
+        read_any(tmp_path / "data")
 
 
 def test_a_slice_that_no_volume_took_says_why(tmp_path):
