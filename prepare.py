@@ -1169,17 +1169,17 @@ class Work(NamedTuple):
     is_first: bool  # of the items that this process was given
 
 
-def start_worker(task, item, pipes):
-    """Fork a child process that begins with `item` -> the parent's end of a pipe, and its Work."""
+def start_worker(task, item, running):
+    """Fork a child process that begins with `item`, and add it to running {pipe: Work}."""
     fork = multiprocessing.get_context("fork")
     pipe, child_end = fork.Pipe()
-    arguments = (task, item, child_end, [pipe, *pipes])
+    arguments = (task, item, child_end, [pipe, *running])
     process = fork.Process(target=worker_loop, args=arguments, daemon=True)
     process.start()
 
-    # Now the child alone holds its end, and the pipe is at its end when the child is.
+    # From now on the child alone holds its end: when it dies, the pipe is closed.
     child_end.close()
-    return pipe, Work(item, process, is_first=True)
+    running[pipe] = Work(item, process, is_first=True)
 
 
 def why_it_died(exit_code):
@@ -1199,13 +1199,9 @@ def run_in_workers(task, items, workers):
     """
     waiting = deque(items)
     running = {}  # {pipe: Work}
-
-    def start(item):
-        pipe, work = start_worker(task, item, running)
-        running[pipe] = work
-
     while waiting and len(running) < workers:
-        start(waiting.popleft())
+        start_worker(task, waiting.popleft(), running)
+
     while running:
         for pipe in multiprocessing.connection.wait(list(running)):
             work = running.pop(pipe)
@@ -1215,7 +1211,7 @@ def run_in_workers(task, items, workers):
                 pipe.close()
                 work.process.join()
                 if not work.is_first:
-                    start(work.item)
+                    start_worker(task, work.item, running)
                     continue
                 answer = why_it_died(work.process.exitcode)
             if isinstance(answer, UserError):
@@ -1230,7 +1226,7 @@ def run_in_workers(task, items, workers):
                     pipe.send(item)
                     running[pipe] = Work(item, work.process, is_first=False)
                 except OSError:  # it is dead
-                    start(item)
+                    start_worker(task, item, running)
             yield work.item, answer
 
 
@@ -1628,6 +1624,19 @@ def find_all(options):
     return samples, rejected
 
 
+def name_samples(found, options, key):
+    """Give samples their ids, and patients theirs -> those samples whose modality is known."""
+    named = []
+    for sample in found:
+        sample.patient = pseudonym(key, sample.patient)
+        if sample.modality:
+            sample.id = possible_ids(sample, key, options.own_files)[sample.modality]
+            named.append(sample)
+
+    # The order of ids tells nothing, and gives each part of --shard files of every kind.
+    return sorted(named, key=lambda sample: sample.id)
+
+
 def last_change(paths):
     """When the newest of the files was written, copied or put in its place, in ns."""
     now = time.time_ns()
@@ -1779,11 +1788,7 @@ def main():
         print("note: ids are made with a public key: anyone can test a guess; patients' data "
               "need --key-file")
     cache_key = key_of_cache(key, options.name, options.own_files)
-    for sample in found:
-        sample.id = possible_ids(sample, cache_key, options.own_files).get(sample.modality, "")
-        sample.patient = pseudonym(cache_key, sample.patient)
-    # The order of ids tells nothing, and gives each part files of every kind.
-    samples = sorted((sample for sample in found if sample.id), key=lambda sample: sample.id)
+    samples = name_samples(found, options, cache_key)
 
     with atomic_write(options.folder / "recipe.json") as file:
         file.write(json.dumps(recipe).encode())
