@@ -29,6 +29,7 @@ import hashlib
 import hmac
 import io
 import json
+import math
 import multiprocessing.connection
 import os
 import random
@@ -55,7 +56,8 @@ import pydicom
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, ImageSequence
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
+from pydicom.pixels import apply_color_lut, pixel_array
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -138,8 +140,6 @@ class Sample:
     key: str = ""  # what the id is made of, where it is not the path of the first file
     id: str = ""
     slices: list = field(default_factory=list)  # of a series: the Slice records of its volume
-    place: tuple = ()
-    passes: tuple = ()
 
 
 class Frames(NamedTuple):
@@ -158,18 +158,6 @@ class Volume(NamedTuple):
     intercept: float = 0.0
     hounsfield: object = None  # True or False by the header, None: the values decide
     notes: tuple = ()
-
-
-def refuse(bad, reason):
-    """Leave a file out if it is bad."""
-    if bad:
-        raise Rejected(reason)
-
-
-def stop(bad, message):
-    """End the run if it cannot go on."""
-    if bad:
-        raise UserError(message)
 
 
 def cli(main):
@@ -216,32 +204,97 @@ def atomic_write(path, mode=0o666):
 
 
 # ---- DICOM headers: what a file is, and which files are one volume -------------------------------
-# Coarse parts of the body: the defined terms of BodyPartExamined (PS3.16 annex L), short forms and fillers.
+# Coarse parts of the body, by the defined terms of BodyPartExamined (PS3.16 annex L) and the short
+# forms that people write.
 BODY_PARTS = {
-    "head": "HEAD BRAIN SKULL FACE ORBIT JAW MAXILLA NOSE EAR EYE IAC TMJ CEREBELLUM CIRCLEOFWILLIS SINUS",
-    "neck": "NECK LARYNX PHARYNX THYROID CAROTID PAROTID", "breast": "BREAST", "hip": "HIP", "elbow": "ELBOW",
-    "chest": "CHEST LUNG MEDIASTINUM BRONCHUS TRACHEA RIB STERNUM ESOPHAGUS THORAX CHES CHST CXR CAP TAP",
-    "abdomen": "ABDOMEN LIVER KIDNEY PANCREAS SPLEEN STOMACH COLON GALLBLADDER ADRENAL BILEDUCT DUODENUM "
-               "JEJUNUM ILEUM ABD ABDO AB KUB CAP TAP", "heart": "HEART CORONARYARTERY AORTA CARDIAC",
-    "pelvis": "PELVIS BLADDER PROSTATE RECTUM UTERUS OVARY CERVIX SCROTUM ILIUM COCCYX PELV PEL CAP TAP",
-    "cspine": "CSPINE CTSPINE CERVICALSPINE CERVICAL", "tspine": "TSPINE TLSPINE THORACICSPINE",
-    "lspine": "LSPINE LSSPINE SSPINE LUMBARSPINE LUMBOSACRAL", "spine": "SPINE BACK", "thigh": "FEMUR THIGH",
-    "shoulder": "SHOULDER SCAPULA AXILLA CLAVICLE", "upper arm": "HUMERUS ARM", "wrist": "WRIST",
-    "forearm": "RADIUS ULNA RADIUSULNA FOREARM", "hand": "HAND FINGER THUMB", "knee": "KNEE PATELLA",
-    "lower leg": "LEG TIBIA TIBIAFIBULA CALF", "ankle": "ANKLE", "foot": "FOOT TOE CALCANEUS",
-    "": "AND TO AP PA LAT LATERAL LEFT RIGHT PORT PORTABLE CT MR XR CTA WITHOUT WITH CONTRAST"}
-WORD = "|".join(sorted(" ".join(BODY_PARTS.values()).split(), key=len, reverse=True))
-WORDS = re.compile(f"(?:{WORD})(?=(?:{WORD})*$)")  # a word, the longest after which only known words follow
+    "head": ("HEAD", "BRAIN", "SKULL", "FACE", "ORBIT", "JAW", "MAXILLA", "NOSE", "EAR", "EYE", "IAC",
+             "TMJ", "CEREBELLUM", "CIRCLEOFWILLIS", "SINUS"),
+    "neck": ("NECK", "LARYNX", "PHARYNX", "THYROID", "CAROTID", "PAROTID"),
+    "chest": ("CHEST", "LUNG", "MEDIASTINUM", "BRONCHUS", "TRACHEA", "RIB", "STERNUM", "ESOPHAGUS",
+              "THORAX", "CHES", "CHST", "CXR", "CAP", "TAP"),
+    "heart": ("HEART", "CORONARYARTERY", "AORTA", "CARDIAC"),
+    "breast": ("BREAST",),
+    "abdomen": ("ABDOMEN", "LIVER", "KIDNEY", "PANCREAS", "SPLEEN", "STOMACH", "COLON", "GALLBLADDER",
+                "ADRENAL", "BILEDUCT", "DUODENUM", "JEJUNUM", "ILEUM", "ABD", "ABDO", "AB", "KUB",
+                "CAP", "TAP"),
+    "pelvis": ("PELVIS", "BLADDER", "PROSTATE", "RECTUM", "UTERUS", "OVARY", "CERVIX", "SCROTUM",
+               "ILIUM", "COCCYX", "PELV", "PEL", "CAP", "TAP"),
+    "spine": ("SPINE", "BACK"),
+    "cspine": ("CSPINE", "CTSPINE", "CERVICALSPINE", "CERVICAL"),
+    "tspine": ("TSPINE", "TLSPINE", "THORACICSPINE"),
+    "lspine": ("LSPINE", "LSSPINE", "SSPINE", "LUMBARSPINE", "LUMBOSACRAL"),
+    "shoulder": ("SHOULDER", "SCAPULA", "AXILLA", "CLAVICLE"),
+    "upper arm": ("HUMERUS", "ARM"),
+    "elbow": ("ELBOW",),
+    "forearm": ("RADIUS", "ULNA", "RADIUSULNA", "FOREARM"),
+    "wrist": ("WRIST",),
+    "hand": ("HAND", "FINGER", "THUMB"),
+    "hip": ("HIP",),
+    "thigh": ("FEMUR", "THIGH"),
+    "knee": ("KNEE", "PATELLA"),
+    "lower leg": ("LEG", "TIBIA", "TIBIAFIBULA", "CALF"),
+    "ankle": ("ANKLE",),
+    "foot": ("FOOT", "TOE", "CALCANEUS"),
+}
+# Words that may stand beside these and name no part.
+FILLER_WORDS = ("AND", "TO", "AP", "PA", "LAT", "LATERAL", "LEFT", "RIGHT", "PORT", "PORTABLE", "CT", "MR",
+                "XR", "CTA", "WITHOUT", "WITH", "CONTRAST")
+PARTS_OF_WORD = {word: [] for word in FILLER_WORDS}  # {word: parts}
+for part, words in BODY_PARTS.items():
+    for word in words:
+        PARTS_OF_WORD.setdefault(word, []).append(part)
+LONGEST_FIRST = sorted(PARTS_OF_WORD, key=len, reverse=True)
+
+# What may differ between two passes over the same places: echoes, b-values, phases, kernels, scans.
+ACQUISITION_TAGS = (
+    "EchoTime", "EffectiveEchoTime", "DiffusionBValue", "TemporalPositionIdentifier",
+    "TemporalPositionIndex", "TriggerTime", "NominalCardiacTriggerDelayTime", "ConvolutionKernel",
+    "AcquisitionNumber", "ImageType", "FrameType", "ComplexImageComponent", "AcquisitionTime",
+    "ContentTime")
+DIRECTION_TOLERANCE = 0.01  # of the numbers of unit vectors: half a degree
+SPACING_TOLERANCE = 0.01  # a hundredth of it
+PLACE_TOLERANCE = 0.02  # mm along the normal
+ANOTHER_PASS = "another echo, b-value, phase or time of a kept series"
+NO_GEOMETRY = "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient"
+
+
+class Slice(NamedTuple):
+    """What the header says of one plane of a volume; of an enhanced file, of one of its frames."""
+    file: str  # path below the source
+    frame: int
+    size: tuple  # rows, columns
+    direction: tuple  # (6,) unit vectors along a row and along a column; () if it is not told
+    spacing: tuple  # (2,) mm from row to row, from column to column
+    position: tuple  # (3,) mm, the centre of the first pixel
+    number: int  # InstanceNumber, or the frame's
+    values: tuple  # of ACQUISITION_TAGS, as text
+
+
+def split_words(text):
+    """Letters without spaces -> the known words that they are made of; None if they are not.
+
+    Of several ways the one with the longest words first is taken: CTABDOMEN is CT ABDOMEN, since
+    after CTA comes no word.
+    """
+    if not text:
+        return []
+    for word in LONGEST_FIRST:
+        if text.startswith(word):
+            rest = split_words(text[len(word):])
+            if rest is not None:
+                return [word, *rest]
+    return None
 
 
 def body_parts(*texts):
-    """Coarse parts named by the first of the texts that consists of known words only, CHESTABDPELVIS too."""
+    """Coarse parts named by the first of the texts that consists of known words only."""
     for text in texts:
-        text = re.sub("[^A-Z0-9]+", "", str(text or "").upper())  # CHEST/ABD as CHESTABD
-        words = WORDS.findall(text)  # CTABDOMEN is CT ABDOMEN, not CTA ...
-        found = tuple(part for part, known in BODY_PARTS.items() if part and set(words) & set(known.split()))
-        if found and "".join(words) == text:
-            return found
+        letters = re.sub("[^A-Z0-9]+", "", str(text or "").upper())  # CHEST/ABD as CHESTABD
+        parts = []
+        for word in split_words(letters[:64]) or []:
+            parts += PARTS_OF_WORD[word]
+        if parts:
+            return tuple(part for part in BODY_PARTS if part in parts)
     return ()
 
 
@@ -249,79 +302,249 @@ def open_dicom(path, notes, **options):
     """pydicom.dcmread for files of any origin, those without a preamble included."""
     with open(path, "rb") as file:
         head = file.read(132)
-    bare = head[128:] != b"DICM"
-    refuse(bare and head[:2] not in (b"\x08\0", b"\2\0"), UNKNOWN_FILE)  # group 8 or 2, as data sets begin
-    ds = pydicom.dcmread(path, force=bare, **options)
-    if bare and "TransferSyntaxUID" not in ds.file_meta:
-        ds.file_meta.TransferSyntaxUID = pydicom.uid.AllTransferSyntaxes[0 if ds.original_encoding[0] else 1]
-    risky = ds.get("Modality") in ("US", "SC", "XA", "ES")  # where nothing is said
-    if (ds.get("BurnedInAnnotation") or ("YES" if risky else "NO")) != "NO":
+    has_preamble = head[128:] == b"DICM"
+    begins_as_dataset = head[:2] in (b"\x08\0", b"\2\0")  # with group 8 or 2
+    if not has_preamble and not begins_as_dataset:
+        raise Rejected(UNKNOWN_FILE)
+
+    ds = pydicom.dcmread(path, force=not has_preamble, **options)
+    if not has_preamble and "TransferSyntaxUID" not in ds.file_meta:
+        is_implicit, _ = ds.original_encoding
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+
+    burned_in = ds.get("BurnedInAnnotation")
+    if not burned_in:  # where nothing is said, these modalities often have text in the picture
+        burned_in = "YES" if ds.get("Modality") in ("US", "SC", "XA", "ES") else "NO"
+    if burned_in != "NO":
         notes.add(BURNED_IN)
     return ds
 
 
-PASS_TAGS = ("EchoTime", "DiffusionBValue", "TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber",
-             "ImageType", "AcquisitionTime", "ContentTime")  # what tells two slices of one place apart
+def per_frame(ds, frame, tag, default=None):
+    """A value of one frame: of its own functional groups, else of the shared ones, else of the data set.
+
+    An enhanced file keeps them in sequences of sequences (PS3.3 C.7.6.16); empty values do not count.
+    """
+    items = [*ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1],
+             *ds.get("SharedFunctionalGroupsSequence", [])]
+    for item in items:
+        for macro in item:
+            if macro.VR != "SQ":
+                continue
+            for group in macro.value:
+                if group.get(tag) not in (None, ""):
+                    return group.get(tag)
+    value = ds.get(tag)
+    return default if value in (None, "") else value
+
+
+def numbers_of(value):
+    """A DICOM value of one or more numbers -> a tuple of floats, () if it is none."""
+    try:
+        return tuple(float(number) for number in np.atleast_1d(value))
+    except (TypeError, ValueError):
+        return ()
+
+
+def slice_of(ds, path, frame):
+    """The header of one frame of a file as a Slice."""
+    number = numbers_of(ds.get("InstanceNumber"))
+    values = []
+    for tag in ACQUISITION_TAGS:
+        values.append(str(per_frame(ds, frame, tag, "")))
+    return Slice(
+        file=path,
+        frame=frame,
+        size=(int(ds.Rows), int(ds.Columns)),
+        direction=numbers_of(per_frame(ds, frame, "ImageOrientationPatient", ())),
+        spacing=numbers_of(per_frame(ds, frame, "PixelSpacing", ())),
+        position=numbers_of(per_frame(ds, frame, "ImagePositionPatient", ())),
+        number=int(number[0]) + frame if number else frame,
+        values=tuple(values),
+    )
 
 
 def read_header(source, path, modality, allow_2d):
-    """The sample of one DICOM file, by its header; a single CT or MR image is one of a stack of slices."""
+    """The sample of one DICOM file by its header: an image or a video, or the slices of CT and MR.
+
+    modality is what the user says, or "". Slices go to group_series. Rejected: what is no image.
+    """
     ds = open_dicom(os.path.join(source, path), set(), stop_before_pixels=True)
-    refuse(not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"),
-           f"no image ({pydicom.uid.UID(ds.get('SOPClassUID', '')).name})")
-    refuse(ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1, "HighBit is not BitsStored - 1")
-    patient, uid, *passes = (str(ds.get(tag) or "") for tag in ("PatientID", "SeriesInstanceUID", *PASS_TAGS))
-    texts = "BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"
-    modality = modality or DICOM_MODALITIES.get(str(ds.get("Modality")))
-    job = Sample([path], "dicom", modality or "", body_parts(*map(ds.get, texts)), patient)
+    if not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"):
+        raise Rejected(f"no image ({pydicom.uid.UID(ds.get('SOPClassUID', '')).name})")
+    if not ds.get("BitsStored"):
+        raise Rejected("no BitsStored: its pixels are floating-point numbers, or its header is damaged")
+    if ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1:
+        raise Rejected("HighBit is not BitsStored - 1")
+
+    modality = modality or DICOM_MODALITIES.get(str(ds.get("Modality")), "")
+    parts = body_parts(ds.get("BodyPartExamined"), ds.get("ProtocolName"), ds.get("SeriesDescription"),
+                       ds.get("StudyDescription"))
+    patient = str(ds.get("PatientID") or "")
+    sample = Sample([path], "dicom", modality, parts, patient)
     if modality not in VOLUMES:
-        return job
-    refuse(re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))), "localizer")
-    if int(ds.get("NumberOfFrames") or 1) > 1:
-        return replace(job, kind="series")  # an enhanced file
-    refuse(not uid and not allow_2d, "no SeriesInstanceUID (0020,000E) (--allow-2d keeps it as an image)")
-    direction, place = (tuple(round(float(x), 2) + 0.0 for x in ds.get(tag) or ()) for tag in (
-        "ImageOrientationPatient", "ImagePositionPatient"))  # + 0.0, since -0.0 is another text
-    stack = patient, uid or path, int(ds.Rows), int(ds.Columns), direction
-    return replace(job, kind="slice", key=repr(stack), place=place, passes=passes)
+        return sample
+
+    # CT and MR are slices of a volume, but for these.
+    series = str(ds.get("SeriesInstanceUID") or "")
+    if re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))):
+        raise Rejected("localizer")
+    if int(ds.get("SamplesPerPixel") or 1) > 1:
+        if not allow_2d:
+            raise Rejected("a colour map, no grey values (--allow-2d keeps it as an image)")
+        return sample
+    if not series and not allow_2d:
+        raise Rejected("no SeriesInstanceUID (0020,000E) (--allow-2d keeps it as an image)")
+
+    frames = int(ds.get("NumberOfFrames") or 1)
+    sample.kind = "series"
+    sample.key = repr((patient, series or path))
+    sample.slices = [slice_of(ds, path, frame) for frame in range(frames)]
+    return sample
 
 
-def one_pass(slices):
-    """Jobs of slices -> where they repeat places (echoes, b-values, phases), the most of one value of a tag,
-    one a place. Copies, and what no tag tells apart, are left to read_series."""
-    def places(group):
-        return len({job.place for job in group})
+def is_alike(one, other):
+    """True if two slices can be of one volume: of one size, direction and spacing, within tolerances."""
+    if one.size != other.size:
+        return False
+    if len(one.direction) != len(other.direction) or len(one.spacing) != len(other.spacing):
+        return False
+    return (np.allclose(one.direction, other.direction, rtol=0, atol=DIRECTION_TOLERANCE)
+            and np.allclose(one.spacing, other.spacing, rtol=SPACING_TOLERANCE, atol=0))
 
-    groups = defaultdict(list)  # {(tag, value): slices}
-    for job in slices:
-        for tag in zip(PASS_TAGS, job.passes):
-            groups[tag].append(job)
-    smaller = [group for group in groups.values() if len(group) < len(slices)]  # what splits them
-    best = max(smaller, key=lambda group: (places(group), -len(group)), default=[])
-    return one_pass(best) if places(slices) < len(slices) and places(best) >= MIN_SLICES else slices
+
+def is_placed(one):
+    """True if a slice says where it lies in the patient."""
+    return len(one.direction) == 6 and len(one.spacing) == 2 and len(one.position) == 3
+
+
+def position_along_normal(one, direction):
+    """mm along the normal of a direction (6,), by which slices are sorted (PS3.3 C.7.6.2.1.1)."""
+    normal = np.cross(direction[:3], direction[3:])
+    return float(np.dot(one.position, normal))
+
+
+def group_by_place(slices):
+    """Slices of one direction -> a list for each place, in order along the normal."""
+    direction = slices[0].direction
+    ordered = sorted((position_along_normal(one, direction), i) for i, one in enumerate(slices))
+    places = []
+    last = -np.inf  # mm
+    for position, i in ordered:
+        if position - last > PLACE_TOLERANCE:
+            places.append([])
+            last = position
+        places[-1].append(slices[i])
+    return places
+
+
+def sort_key(value):
+    """Text of a tag as something to sort by: numbers by size, before words."""
+    try:
+        return 0, float(value), value
+    except ValueError:
+        return 1, 0.0, value
+
+
+def pass_order(one):
+    """Of slices at one place the order of their passes where no tag has a value for a whole pass."""
+    return one.number, [sort_key(value) for value in one.values], one.file, one.frame
+
+
+def choose_pass(places):
+    """Slices at each place -> those of the first pass that covers all places.
+
+    A pass is told by a tag whose value its slices share, and by several such tags one after the other.
+    Where no tag tells passes apart, the n-th slice of each place is of the n-th pass, if all places have
+    as many. Slices of one place that differ in no tag may be copies: all stay, and read_series compares
+    their pixels. Rejected if no pass covers all places: a part of a body is no volume.
+    """
+    if all(len(slices) == 1 for slices in places):
+        return [slices[0] for slices in places]
+
+    largest = 0
+    for tag in range(len(ACQUISITION_TAGS)):
+        values = {one.values[tag] for slices in places for one in slices}
+        if len(values) == 1:
+            continue
+        for value in sorted(values, key=sort_key):
+            part = []
+            for slices in places:
+                part.append([one for one in slices if one.values[tag] == value])
+            covered = sum(len(slices) > 0 for slices in part)
+            if covered == len(places):
+                return choose_pass(part)
+            largest = max(largest, covered)
+
+    if len({len(slices) for slices in places}) == 1:
+        return [min(slices, key=pass_order) for slices in places]
+    for slices in places:
+        if len({one.values for one in slices}) > 1:
+            raise Rejected(f"no pass covers the {len(places)} places of this series, the largest {largest}")
+    return [one for slices in places for one in slices]
+
+
+def choose_slices(slices):
+    """Slices of one series, size, direction and spacing -> those that make a volume, in order.
+
+    Rejected: too few, or as choose_pass says.
+    """
+    if not all(is_placed(one) for one in slices):
+        raise Rejected(NO_GEOMETRY)
+    places = group_by_place(slices)
+    if len(places) < MIN_SLICES:
+        where = ""
+        if len(places) < len(slices):
+            where = f" at {len(places)} places"
+        raise Rejected(f"{len(slices)} slices{where} of this series, size and direction, "
+                       f"a volume needs {MIN_SLICES}")
+    return choose_pass(places)
 
 
 def group_series(samples, allow_2d):
-    """Samples of headers -> samples, of slices one a series, and [(path, reason)] of slices left out."""
-    found, left_out, stacks = [], [], defaultdict(list)  # {(patient, series ...): slices}
-    for sample in samples:
-        if sample.kind == "slice":
-            stacks[sample.key].append(sample)
-        else:
+    """Samples of headers -> samples, of slices one a volume, and [(path, reason)] of files left out.
+
+    Slices of one series that differ in size, direction or spacing are several volumes.
+    """
+    found = []
+    stacks = {}  # {series: [slices of one volume, slices of another ...]}
+    header_of = {}  # {file: its sample}
+    for sample in sorted(samples, key=lambda sample: sample.files):
+        if sample.kind != "series":
             found.append(sample)
-    for slices in stacks.values():
-        kept = one_pass(sorted(slices, key=lambda job: job.files))
-        if len(kept) >= MIN_SLICES:
-            names = [job.files[0] for job in kept]
-            found.append(replace(kept[0], files=names, kind="series"))
-            reason = "another echo, b-value, phase or time of a kept series"
-            left_out += [(name, reason) for name in {job.files[0] for job in slices}.difference(names)]
-        elif allow_2d:
-            found += [replace(job, kind="dicom", key="") for job in slices]
-        else:
-            reason = f"{len(slices)} slices of this series, size and direction, a volume needs {MIN_SLICES}"
-            left_out += [(job.files[0], f"{reason} (--allow-2d keeps each as an image)") for job in slices]
-    return found, left_out
+            continue
+        header_of[sample.files[0]] = sample
+        groups = stacks.setdefault(sample.key, [])
+        for one in sample.slices:
+            for group in groups:
+                if is_alike(one, group[0]):
+                    group.append(one)
+                    break
+            else:
+                groups.append([one])
+
+    left_out = []
+    for series, groups in stacks.items():
+        for n, slices in enumerate(groups):
+            files = list(dict.fromkeys(one.file for one in slices))
+            are_single = all(len(header_of[path].slices) == 1 for path in files)
+            try:
+                kept = choose_slices(slices)
+            except Rejected as error:
+                if allow_2d and are_single:
+                    for path in files:
+                        found.append(replace(header_of[path], kind="dicom", key="", slices=[]))
+                else:
+                    hint = " (--allow-2d keeps each as an image)" if are_single else ""
+                    left_out += [(path, error.reason + hint) for path in files]
+                continue
+            kept_files = list(dict.fromkeys(one.file for one in sorted(kept, key=lambda one: one.file)))
+            found.append(replace(header_of[kept_files[0]], files=kept_files, slices=kept, key=f"{series} {n}"))
+            left_out += [(path, ANOTHER_PASS) for path in files if path not in kept_files]
+
+    # A file with frames of two directions can be in one volume and out of another.
+    used = {path for sample in found for path in sample.files}
+    return found, [(path, reason) for path, reason in left_out if path not in used]
 
 
 # ---- find samples: which files make them, and (path, reason) of those left out -------------------
@@ -788,40 +1011,114 @@ DATASETS = {"demo": find_in_folder, "folder": find_in_folder, "chestxray14": che
 
 
 # ---- read one file: images, videos, NIfTI --------------------------------------------------------
-SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif"), "nifti": (".nii", ".nii.gz"),
-            "video": (".avi", ".mp4", ".mov", ".mpg", ".mpeg", ".mkv", ".wmv", ".m4v", ".webm")}
+# What the name of a file says it is. A DICOM file often has no suffix at all.
+KINDS = {
+    ".png": "image", ".jpg": "image", ".jpeg": "image", ".jpe": "image", ".jfif": "image",
+    ".tif": "image", ".tiff": "image", ".gif": "image", ".bmp": "image", ".webp": "image",
+    ".avi": "video", ".mp4": "video", ".mov": "video", ".mpg": "video", ".mpeg": "video",
+    ".mkv": "video", ".wmv": "video", ".m4v": "video", ".webm": "video", ".nii": "nifti"}
+# What its first bytes say: (where, bytes, kind).
+SIGNATURES = (
+    (0, b"\x89PNG\r\n\x1a\n", "image"), (0, b"\xff\xd8\xff", "image"), (0, b"GIF8", "image"),
+    (0, b"II*\0", "image"), (0, b"MM\0*", "image"), (8, b"WEBP", "image"),
+    (8, b"AVI ", "video"), (4, b"ftyp", "video"), (0, b"\x1a\x45\xdf\xa3", "video"),
+    (0, b"\0\0\1\xba", "video"), (0, b"\0\0\1\xb3", "video"),
+    (344, b"n+1\0", "nifti"), (4, b"n+2\0", "nifti"))
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP")
+# Tags of TIFF (baseline TIFF 6.0).
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262  # 0: white is zero
+SAMPLE_FORMAT = 339  # 1: unsigned
+NOT_FINITE = "NaN or infinite values set to the background"
+# CHOICE: a clip that stops so early is damaged; frames may be missing inside.
+LEAST_LENGTH = 0.9
 
 
 def kind_of(path):
-    """image, nifti or video; "" where the name does not say it, as of most DICOM files."""
-    return "".join(kind for kind, ends in SUFFIXES.items() if path.lower().endswith(ends))
+    """image, video or nifti by the first bytes of a file, else by its name; "" if it may be DICOM."""
+    with open(path, "rb") as file:
+        head = file.read(352)
+    if head[128:132] == b"DICM":
+        return ""
+    for start, signature, kind in SIGNATURES:
+        if head[start:start + len(signature)] == signature:
+            return kind
+    name = os.path.basename(path).lower()
+    if name.endswith(".nii.gz"):
+        return "nifti"
+    return KINDS.get(os.path.splitext(name)[1], "")
 
 
-def image_frame(image, notes):
-    """An open Pillow image -> (h, w) or (h, w, 3), uint8, or float32 in [0, 1] if it is deeper."""
+def is_deep(image):
+    """True if a Pillow image has 16 or 32 bits of grey; how many of them are used is not told."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def deep_values(image, notes):
+    """A deep Pillow image -> (h, w) float32 values, white above black; not finite ones as the lowest."""
+    tags = getattr(image, "tag_v2", {})
+    pixels = np.asarray(ImageOps.exif_transpose(image))  # (h, w)
+    is_unsigned = tags.get(SAMPLE_FORMAT, (1,))[0] == 1
+    if pixels.dtype == np.int32 and tags.get(BITS_PER_SAMPLE) == (32,) and is_unsigned:
+        pixels = pixels.view(np.uint32)  # Pillow has no such mode
+    values = pixels.astype(np.float32)
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise Rejected("blank, no pixel has a value")
+    if not finite.all():
+        notes.add(NOT_FINITE)
+        values = np.where(finite, values, values[finite].min())
+    if tags.get(PHOTOMETRIC) == 0:  # Pillow exchanges black and white in 1 and 8 bits only
+        values = values.max() + values.min() - values
+    return values
+
+
+def shallow_pixels(image):
+    """A Pillow image of 8 bits -> (h, w) or (h, w, 3) uint8; what is transparent lies on black."""
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 or 32 bit grey; how many bits are used is not told
-        x = np.asarray(image).astype(np.float32)  # (h, w)
-        finite = np.isfinite(x)
-        if not finite.all():
-            notes.add("NaN or infinite pixels set to the background")
-            x = np.where(finite, x, x[finite].min() if finite.any() else 0)
-        return x if image.mode == "F" and 0 <= x.min() <= x.max() <= 1 else normalize_percentiles(x)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA"))
     return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
+def choose_pages(image, count, seed, notes):
+    """Numbers of the pages of an open image that are read: one, or `count` if it is a video.
+
+    Pages smaller than the largest are previews. A JPEG photo with more pages (MPO) has previews too.
+    """
+    areas = [page.width * page.height for page in ImageSequence.Iterator(image)]
+    pages = [n for n, area in enumerate(areas) if area == max(areas)]
+    if len(pages) == 1 or image.format == "MPO":
+        return pages[:1]
+    return [pages[n] for n in sample_frames(len(pages), count, seed, notes)]
+
+
 def read_image(paths, sample, count, seed):
-    """PNG, JPEG, TIFF or GIF -> Frames; several pages are a video: `count` of them."""
+    """PNG, JPEG, TIFF, GIF, BMP or WebP -> Frames; several pages are a video: `count` of them."""
     notes = set()
-    image = Image.open(paths[0], formats=("PNG", "JPEG", "TIFF", "GIF"))
-    size, deep = image.size, image.mode[0] in "IF"
-    pages = [n for n, page in enumerate(ImageSequence.Iterator(image)) if page.size == size]  # no thumbnails
-    one = len(pages) == 1 or image.format == "MPO"  # a photo and its previews
-    chosen = [0] if one else sample_frames(len(pages), count, seed, notes)
-    planes = [image_frame(ImageSequence.Iterator(image)[pages[n]], notes) for n in chosen]
-    return Frames(planes, deep, notes=tuple(notes))
+    planes = []
+    deep = []  # numbers of the planes with more than 8 bits
+    # Pillow gets the file, not its name: it would map a file that it knows by name, and turn it wrongly.
+    with open(paths[0], "rb") as file:
+        image = Image.open(file, formats=IMAGE_FORMATS)
+        for page in choose_pages(image, count, seed, notes):
+            image.seek(page)
+            if is_deep(image):
+                deep.append(len(planes))
+                planes.append(deep_values(image, notes))  # (h, w)
+            else:
+                planes.append(shallow_pixels(image))  # (h, w) or (h, w, 3)
+        is_float = image.mode == "F"
+
+    if deep:
+        values = np.stack([planes[n] for n in deep])  # (pages, h, w)
+        already_scaled = is_float and 0 <= values.min() and values.max() <= 1
+        if not already_scaled:  # one stretch for all pages
+            values = normalize_percentiles(values)
+        for n, plane in zip(deep, values):
+            planes[n] = plane
+    return Frames(planes, bool(deep), notes=tuple(notes))
 
 
 def read_clip(paths, sample, count, seed):
@@ -829,228 +1126,516 @@ def read_clip(paths, sample, count, seed):
     if len(paths) < MIN_RUN:
         raise Rejected(f"in a run of {len(paths)} frames, a clip needs {MIN_RUN}")
     notes = set()
-    planes = [read_image([paths[n]], sample, 1, seed).planes[0] for n in sample_frames(len(paths), count, seed, notes)]
+    planes = []
+    for n in sample_frames(len(paths), count, seed, notes):
+        frames = read_image([paths[n]], sample, 1, seed)
+        planes.append(frames.planes[0])
     return Frames(planes, notes=tuple(notes))
 
 
+def open_video(source):
+    """A path or bytes -> an open imageio video, of which `_container` is PyAV's container.
+
+    imageio's own functions show neither the rotation nor the shape of pixels nor a second stream.
+    """
+    return iio.imopen(source, "r", plugin="pyav", options=VIDEO_OPTIONS, metadata_errors="ignore")
+
+
+def measure_streams(source):
+    """-> number of the longest video stream, and how many of its packets hold a frame.
+
+    Nothing is decoded. What the file declares is not asked: capture cards drop frames. Rejected if the
+    stream stops long before the end that the file declares.
+    """
+    with open_video(source) as video:
+        streams = video._container.streams.video
+        packets = [0] * len(streams)
+        ends = [0] * len(streams)  # of the last packet, in units of the stream's time base
+        for packet in video._container.demux(video=0) if len(streams) == 1 else video._container.demux(*streams):
+            if packet.size:
+                n = streams.index(packet.stream)
+                packets[n] += 1
+                if packet.pts is not None:
+                    ends[n] = max(ends[n], packet.pts - (packet.stream.start_time or 0))
+        longest = int(np.argmax(packets))
+        stream = streams[longest]
+        duration = stream.duration
+        if duration and packets[longest] > 1 and ends[longest] < LEAST_LENGTH * duration - duration / packets[longest]:
+            frames = round(packets[longest] * duration / max(ends[longest], 1))
+            raise Rejected(f"damaged, ends before frame {packets[longest]} of its {frames}")
+    return longest, packets[longest]
+
+
+def decode_frames(source, stream, wanted):
+    """Decode the wanted frames of a stream -> {number: (h, w, 3) uint8 as displayed}, frames seen, spacing.
+
+    Frames between them are decoded too, but not converted to RGB, which takes longer.
+    """
+    frames = {}
+    number = 0
+    with open_video(source) as video:
+        selected = video._container.streams.video[stream]
+        selected.thread_type = "SLICE"
+        selected.codec_context.thread_count = 1
+        pixel_aspect = float(selected.sample_aspect_ratio or 1)  # width : height of a pixel
+        spacing = (1.0, pixel_aspect)
+        for frame in video._container.decode(selected):
+            if number in wanted:
+                quarter_turns = round(frame.rotation / 90)  # counter-clockwise
+                frames[number] = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
+                if quarter_turns % 2:
+                    spacing = (pixel_aspect, 1.0)
+            number += 1
+            if number > max(wanted):
+                break
+    return frames, number, spacing
+
+
 def read_video(paths, sample, count, seed):
-    """AVI, MP4, MOV ... (a path, or bytes) -> Frames, `count` of them, in one pass if a length is told."""
+    """AVI, MP4, MOV ... (a path, or bytes) -> Frames, `count` of those that exist, as displayed."""
+    stream, length = measure_streams(paths[0])
     notes = set()
-    with iio.imopen(paths[0], "r", plugin="pyav", options=VIDEO_OPTIONS, metadata_errors="ignore") as video:
-        length = video.properties(index=...).n_images or sum(1 for _ in video.iter(thread_count=1))
-        numbers, frames = sample_frames(length, count, seed, notes), {}
-        try:
-            for n in sorted(set(numbers)):  # what lies between is decoded but not converted, the longer part
-                frames[n] = video.read(index=n, constant_framerate=False, thread_count=1)
-        except StopIteration:
-            raise Rejected(f"damaged, ends before frame {n} of its {length}") from None
-        return Frames([frames[n] for n in numbers], notes=tuple(notes))
+    chosen = sample_frames(length, count, seed, notes)
+    frames, decoded, spacing = decode_frames(paths[0], stream, set(chosen))
+    if decoded <= max(chosen):  # some packets gave no frame
+        if decoded == 0:
+            raise Rejected("no frame of it can be decoded")
+        chosen = sample_frames(decoded, count, seed, notes)
+        frames, _, spacing = decode_frames(paths[0], stream, set(chosen))
+    return Frames([frames[n] for n in chosen], spacing=spacing, notes=tuple(notes))
+
+
+def nifti_affine(image, notes):
+    """(4, 4) from (i, j, k) to RAS+ mm: the header's sform, else its qform (NIfTI-1 standard)."""
+    header = image.header
+    has_qform = header["qform_code"] > 0
+    if header["sform_code"] == 0 and not has_qform:
+        notes.add("its header names no orientation: left and right may be exchanged")
+    affine = image.affine
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-9 and has_qform:  # an sform of zeros
+        affine = header.get_qform()
+    return affine
 
 
 def read_nifti(paths, sample, count, seed):
-    """NIfTI-1 or 2, packed or not -> Volume."""
-    notes = set()
+    """NIfTI-1 or 2, packed or not -> Volume; of several volumes the first."""
     data = Path(paths[0]).read_bytes()
-    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data  # checks the CRC, nib.load does not
-    second = data[4:7] == b"n+2"
-    refuse(not second and data[344:347] != b"n+1", "not a NIfTI file (convert .hdr/.img pairs to .nii)")
-    image = (nib.Nifti2Image if second else nib.Nifti1Image).from_bytes(data)
-    shape, kind, proxy = image.shape, image.get_data_dtype(), image.dataobj  # (i, j[, k[, volumes]])
-    usable = proxy.offset >= 348 and kind.kind in "iuf" and 2 <= len(shape) <= 4 and min(shape) > 0
-    refuse(not usable, f"voxels of shape {shape} and type {kind} cannot be used")
-    if shape[3:] not in ((), (1,)):
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)  # checks the CRC, nibabel.load does not
+        except gzip.BadGzipFile as error:
+            raise Rejected("damaged gzip data, or other bytes behind them", str(error)) from error
+    is_second = data[4:7] == b"n+2"
+    if not is_second and data[344:347] != b"n+1":
+        raise Rejected("not a NIfTI file (convert .hdr/.img pairs to .nii)")
+
+    image_class = nib.Nifti2Image if is_second else nib.Nifti1Image
+    image = image_class.from_bytes(data)
+    kind = image.get_data_dtype()
+    shape = image.shape  # (i, j[, k[, volumes[, 1 ...]]])
+    is_usable = 2 <= len(shape) and min(shape) > 0 and all(n == 1 for n in shape[4:])
+    if not is_usable or kind.kind not in "iuf" or image.dataobj.offset < 348:
+        raise Rejected(f"voxels of shape {shape} and type {kind} cannot be used")
+    if image.dataobj.offset + math.prod(shape) * kind.itemsize > len(data):
+        raise Rejected("damaged, ends before its last voxel")
+
+    notes = set()
+    if len(shape) > 3 and shape[3] > 1:
         notes.add("4D NIfTI: first volume kept")
-    voxels = np.ndarray(shape + (1,) * (4 - len(shape)), kind, data, int(proxy.offset), order="F")
-    return Volume(voxels[..., 0], image.affine, proxy.slope, proxy.inter, notes=tuple(notes))
+    voxels = image.dataobj.get_unscaled()  # (i, j[, k[, volumes ...]])
+    voxels = voxels.reshape(*shape[:2], *shape[2:3] or (1,), -1)[..., 0]  # (i, j, k)
+    return Volume(voxels, nifti_affine(image, notes), image.dataobj.slope, image.dataobj.inter,
+                  notes=tuple(notes))
 
 
 # ---- read one file: DICOM ------------------------------------------------------------------------
-def per_frame(ds, frame, tag, default=None):
-    """A value of one frame: its functional group, else the shared one, else the data set (PS3.3 C.7.6.16)."""
-    own = ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]
-    macros = [macro for item in (*own, *ds.get("SharedFunctionalGroupsSequence", [])) for macro in item]
-    groups = [group for macro in macros if macro.VR == "SQ" for group in macro.value]
-    values = (place.get(tag) for place in (*groups, ds))  # the first that is there
-    return next((value for value in values if value not in (None, "")), default)
+# What a tag that is not as the standard wants it can raise.
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
+# For display a modality LUT of these is not applied (PS3.4 N.2.5): X-ray angiography and fluoroscopy.
+NO_MODALITY_LUT = ("1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.1.1",
+                   "1.2.840.10008.5.1.4.1.1.12.2", "1.2.840.10008.5.1.4.1.1.12.2.1")
+# CHOICE: a window that leaves so few pixels between black and white is that of another image.
+LEAST_SHOWN = 0.1
 
 
-def rescale(ds, frame, stored):
-    """Slope and intercept to the unit of the file, HU for CT; where it is padding (PS3.3 C.7.5.1.1.2)."""
-    pair = np.float32([per_frame(ds, frame, "RescaleSlope", 1), per_frame(ds, frame, "RescaleIntercept", 0)])
-    refuse(not np.isfinite(pair).all(), "rescale is not finite")
-    ends = [ds.get(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    ends = [int(end) for end in ends if end not in (None, "")] or [np.inf]  # no value is infinite
-    return *pair, (stored >= min(ends)) & (stored <= max(ends))
+class Grey(NamedTuple):
+    """One grey frame on its way to the screen."""
+    stored: np.ndarray  # (h, w) as in the file
+    values: np.ndarray  # (h, w) float32, in the unit of the file
+    padding: np.ndarray  # (h, w) bool, no part of the picture
+    windowed: object  # (h, w) float32 in [0, 1] by the file's window or LUT, or None
 
 
-def dicom_frame(ds, frame, modality, notes):
-    """One frame -> (h, w[, 3]) in [0, 1]: colour as RGB, CT by HU_RANGE, X-ray as displayed, MR stretched."""
-    stored, full = pixel_array(ds, index=frame), np.float32((1 << ds.BitsStored) - 1)
-    if ds.PhotometricInterpretation == "PALETTE COLOR":
-        stored, full = apply_color_lut(stored, ds), np.float32(65535)  # (h, w, 3)
-    if stored.ndim == 3:
-        return stored / full  # (h, w, 3)
-    slope, intercept, outside = rescale(ds, frame, stored)
-    lut = ds.get("ModalityLUTSequence")  # goes before slope and intercept
-    x = (apply_modality_lut(stored, ds) if lut else stored * slope + intercept).astype(np.float32)  # (h, w)
-    shown, width = np.zeros_like(x), np.atleast_1d(ds.get("WindowWidth") or 0)[0]  # some hold an empty one
-    windowed = ds.get("VOILUTSequence") or ds.get("WindowCenter") is not None and float(width or 0) >= 1
-    if modality == "xray" and windowed:  # PS3.3 C.11.2; two appended extremes come back as black and white
-        padded = np.append(x, np.float32([-2 ** 16, 2 ** 16 - 1]))  # (h w + 2,)
-        padded = apply_voi_lut(padded.astype(np.int32) if ds.get("VOILUTSequence") else padded, ds)
-        shown = ((padded[:-2] - padded[-2]) / (padded[-1] - padded[-2])).reshape(x.shape)
-    if modality == "ct":
-        x = (np.clip(x, *HU_RANGE) - HU_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0])
-    elif not outside.all() and np.ptp(shown[~outside]) > 0:  # a window that shows nothing is a wrong one
-        x = shown
-    elif modality != "mri" and ds.BitsStored <= 8 and not ds.PixelRepresentation:
-        x = stored / full  # 8 bits as they are
+def padding_mask(ds, stored):
+    """Where pixels are padding, bool like `stored` (PS3.3 C.7.5.1.1.2): one value, or a range.
+
+    The tag may have the sign that the pixels have not, so the bits are compared: -2000 is 63536 there.
+    """
+    bits = 8 * stored.itemsize
+    ends = []
+    for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        for value in numbers_of(ds.get(tag))[:1]:
+            if -(1 << bits - 1) <= value < 1 << bits:
+                pattern = np.array(int(value) % (1 << bits), f"u{stored.itemsize}")
+                ends.append(pattern.view(stored.dtype).item())
+    if not ends:
+        return np.zeros(stored.shape, bool)
+    return (stored >= min(ends)) & (stored <= max(ends))
+
+
+def rescale_of(ds, frame):
+    """Slope and intercept from stored values to the unit of the file, HU for CT."""
+    slope = np.float32(per_frame(ds, frame, "RescaleSlope", 1))
+    intercept = np.float32(per_frame(ds, frame, "RescaleIntercept", 0))
+    if not np.isfinite(slope) or not np.isfinite(intercept):
+        raise Rejected("rescale is not finite")
+    return slope, intercept
+
+
+def says_hounsfield(ds):
+    """True or False if the header says that values are HU, or that they are not; None if it says neither.
+
+    Another RescaleType is another unit: MGML is iodine, for example (PS3.3 C.11.1.1.2).
+    """
+    unit = str(per_frame(ds, 0, "RescaleType", "")).upper()
+    if unit not in ("", "US"):  # US: unspecified
+        return unit == "HU"
+    if rescale_of(ds, 0)[1] < 0:
+        return True
+    return None
+
+
+def read_lut(item):
+    """A LUT of a DICOM file -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1.1).
+
+    Entries of 8 bits come in bytes or in words, whatever the descriptor says.
+    """
+    count, first, _ = (int(number) for number in item.LUTDescriptor)
+    count = count or 65536
+    data = item.LUTData
+    if not isinstance(data, bytes):
+        data = np.atleast_1d(data).astype("<u2").tobytes()
+    entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else "<u2")[:count]
+    if len(entries) < 2:
+        raise ValueError("a LUT of one entry")
+    return first, entries.astype(np.float32)
+
+
+def look_up(values, first, entries):
+    """Values through a LUT; those before its first entry or behind its last take that one."""
+    if first > 32767 and values.min() < 0:
+        first -= 65536  # the descriptor lost its sign
+    index = np.clip(np.rint(values) - first, 0, len(entries) - 1)
+    return entries[index.astype(np.int64)]
+
+
+def apply_modality(ds, frame, stored, notes):
+    """Stored values -> float32 values in the unit of the file (PS3.3 C.11.1): by a LUT, or a line."""
+    luts = ds.get("ModalityLUTSequence")
+    if luts and ds.get("SOPClassUID") not in NO_MODALITY_LUT:
+        try:
+            return look_up(stored, *read_lut(luts[0]))
+        except MALFORMED:
+            notes.add("modality LUT cannot be read: not used")
+    try:
+        slope, intercept = rescale_of(ds, frame)
+    except MALFORMED:
+        notes.add("rescale cannot be read: not used")
+        return stored.astype(np.float32)
+    return (stored * slope + intercept).astype(np.float32)
+
+
+def apply_window(values, center, width, function):
+    """Values -> [0, 1] by a window (PS3.3 C.11.2.1.2, C.11.2.1.3)."""
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -80, 80)))
+    if function == "LINEAR_EXACT":
+        shown = (values - center) / width + 0.5
+    elif width == 1:
+        shown = values > center - 0.5
     else:
-        x = normalize_percentiles(x, ~outside)
-    if modality != "ct" and ds.PhotometricInterpretation == "MONOCHROME1":  # HU are never inverted
+        shown = (values - (center - 0.5)) / (width - 1) + 0.5
+    return np.clip(shown, 0, 1)
+
+
+def apply_voi(ds, frame, values):
+    """Values -> float32 in [0, 1] by the file's VOI LUT or its first window (PS3.3 C.11.2); None without."""
+    luts = per_frame(ds, frame, "VOILUTSequence")
+    if luts:
+        first, entries = read_lut(luts[0])
+        shown = look_up(values, first, entries) - entries.min()
+        return (shown / max(np.ptp(entries), 1)).astype(np.float32)
+
+    center = per_frame(ds, frame, "WindowCenter")
+    width = per_frame(ds, frame, "WindowWidth")
+    if center is None or width is None:
+        return None
+    center = float(np.atleast_1d(center)[0])
+    width = float(np.atleast_1d(width)[0])
+    function = str(per_frame(ds, frame, "VOILUTFunction", "LINEAR")).upper()
+    least_width = 1 if function not in ("SIGMOID", "LINEAR_EXACT") else 1e-6
+    if not np.isfinite(center) or not least_width <= width < np.inf:
+        raise ValueError("the window is none")
+    return apply_window(values, center, width, function).astype(np.float32)
+
+
+def grey_frame(ds, frame, stored, notes):
+    """One frame of stored pixels (h, w) -> Grey."""
+    padding = padding_mask(ds, stored)
+    values = apply_modality(ds, frame, stored, notes)
+    try:
+        windowed = apply_voi(ds, frame, values)
+    except MALFORMED:
+        notes.add("window or VOI LUT cannot be read: not used")
+        windowed = None
+    return Grey(stored, values, padding, windowed)
+
+
+def windows_are_useful(frames):
+    """True if every frame has a window, and they leave something between black and white."""
+    if any(frame.windowed is None for frame in frames):
+        return False
+    shown = np.concatenate([frame.windowed[~frame.padding] for frame in frames])
+    between = (shown > 0.01) & (shown < 0.99)
+    return shown.size > 0 and between.mean() >= LEAST_SHOWN
+
+
+def display_values(ds, frames, modality, notes):
+    """Grey frames -> [(h, w) float32 in [0, 1]]: as displayed; all frames by one rule and one stretch.
+
+    CT by HU_RANGE if its values are HU, X-ray by the file's window, other images of 8 bits as they are,
+    the rest by percentiles.
+    """
+    valid = np.concatenate([frame.values[~frame.padding] for frame in frames])
+    hounsfield = modality == "ct" and is_hounsfield(valid, says_hounsfield(ds))
+    if modality == "ct" and not hounsfield:
+        notes.add(NOT_HU)
+
+    full = np.float32((1 << ds.BitsStored) - 1)
+    if hounsfield:
+        low, high = HU_RANGE
+        planes = [(np.clip(frame.values, low, high) - low) / (high - low) for frame in frames]
+    elif modality == "xray" and windows_are_useful(frames):
+        planes = [frame.windowed for frame in frames]
+    elif modality != "mri" and ds.BitsStored <= 8 and not ds.PixelRepresentation:
+        planes = [frame.stored / full for frame in frames]
+    else:
+        planes = normalize_percentiles(np.stack([frame.values for frame in frames]),
+                                       ~np.stack([frame.padding for frame in frames]))
+
+    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and not hounsfield
+    if inverted:
         notes.add("MONOCHROME1: inverted")
-        x = 1 - x
-    return np.where(outside, 0, x).astype(np.float32)
+    shown = []
+    for frame, plane in zip(frames, planes):
+        plane = 1 - plane if inverted else plane
+        shown.append(np.where(frame.padding, 0, plane).astype(np.float32))
+    return shown
+
+
+def read_colour(ds, stored):
+    """A colour frame -> (h, w, 3) in [0, 1]."""
+    if ds.PhotometricInterpretation == "PALETTE COLOR":
+        coloured = apply_color_lut(stored, ds)  # (h, w, 3), uint8 or uint16 by the depth of the palette
+        return coloured / np.float32(np.iinfo(coloured.dtype).max)
+    return stored / np.float32((1 << ds.BitsStored) - 1)
+
+
+def pixel_spacing(ds):
+    """Distance from row to row and from column to column, in any unit: only their ratio counts."""
+    for tag in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
+        spacing = numbers_of(per_frame(ds, 0, tag, ()))
+        if len(spacing) == 2 and 0 < min(spacing) <= max(spacing) < np.inf:
+            return spacing
+    return 1.0, 1.0
 
 
 def read_dicom(paths, sample, count, seed):
-    """A DICOM file -> Frames: one, or `count` of its frames."""
-    notes, spacing = set(), (1.0, 1.0)  # of the size only the ratio counts, in whatever unit it is
+    """A DICOM file -> Frames: its one, or `count` of its frames."""
+    notes = set()
     ds = open_dicom(paths[0], notes)
     if "PixelData" in ds and ds.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4.10"):  # MPEG
-        stream = b"".join(list(pydicom.encaps.generate_fragments(ds.PixelData))[1:])  # after the offset table
+        fragments = list(pydicom.encaps.generate_fragments(ds.PixelData))
+        stream = b"".join(fragments[1:])  # the first is a table of offsets
         video = read_video([stream], sample, count, seed)
         return video._replace(notes=(*video.notes, *notes))
-    for tag in ("PixelAspectRatio", "ImagerPixelSpacing", "PixelSpacing"):  # the last that is there counts
-        values = np.array(per_frame(ds, 0, tag, ()), float)
-        if values.shape == (2,) and 0 < values.min() <= values.max() < np.inf:
-            spacing = tuple(values)
+
     frames = int(ds.get("NumberOfFrames") or 1)
-    chosen = sample_frames(frames, count, seed, notes) if frames > 1 else [0]  # one frame is an image
-    planes = [dicom_frame(ds, frame, sample.modality, notes) for frame in chosen]
-    return Frames(planes, ds.BitsStored > 8, spacing, tuple(notes))
+    chosen = [0]
+    if frames > 1:
+        chosen = sample_frames(frames, count, seed, notes)
+    stored = {}  # a short clip takes a frame more than once
+    for frame in chosen:
+        if frame not in stored:
+            stored[frame] = pixel_array(ds, index=frame)  # (h, w) or (h, w, 3)
+
+    is_colour = ds.PhotometricInterpretation == "PALETTE COLOR" or stored[chosen[0]].ndim == 3
+    if is_colour:
+        planes = [read_colour(ds, pixels) for pixels in stored.values()]
+    else:
+        grey = [grey_frame(ds, frame, pixels, notes) for frame, pixels in stored.items()]
+        planes = display_values(ds, grey, sample.modality, notes)
+    shown = dict(zip(stored, planes))
+    return Frames([shown[frame] for frame in chosen], ds.BitsStored > 8, pixel_spacing(ds), tuple(notes))
+
+
+class Plane(NamedTuple):
+    """The pixels of one slice of a volume."""
+    header: Slice
+    pixels: np.ndarray  # (rows, columns) as stored
+    padding: np.ndarray  # (rows, columns) bool
+    scale: tuple  # slope and intercept, negative where black and white are exchanged
+
+
+def load_planes(path, slices, modality, notes):
+    """The wanted slices of one file -> [Plane], and whether its header says that values are HU."""
+    try:
+        ds = open_dicom(path, notes)
+        stored = pixel_array(ds).reshape(-1, ds.Rows, ds.Columns)  # (frames, rows, columns)
+    except BaseException as error:  # decoders raise all there is; this is a guarded child
+        what = f"{Path(path).name}, {type(error).__name__} {error}"
+        raise Rejected("a slice is damaged", what) from error
+
+    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct"  # HU never are
+    planes = []
+    for one in slices:
+        pixels = stored[one.frame]
+        try:
+            slope, intercept = rescale_of(ds, one.frame)
+        except MALFORMED as error:
+            raise Rejected("rescale cannot be read", f"{Path(path).name}, {error}") from error
+        scale = (-slope, -intercept) if inverted else (slope, intercept)
+        planes.append(Plane(one, pixels, padding_mask(ds, pixels), scale))
+    return planes, says_hounsfield(ds)
+
+
+def drop_copies(planes, notes):
+    """Of planes at one place the first, if the others are the same; else Rejected: a wrong anatomy."""
+    of_slice = {plane.header: plane for plane in planes}
+    kept = []
+    for place in group_by_place(list(of_slice)):
+        first, *others = [of_slice[one] for one in place]
+        for other in others:
+            if not np.array_equal(first.pixels, other.pixels):
+                raise Rejected("two different slices at one position")
+            notes.add("duplicate slices dropped")
+        kept.append(first)
+    return kept
+
+
+def fill_padding(planes):
+    """Planes whose padding has the darkest value of the volume, so that it is background."""
+    if not any(plane.padding.any() for plane in planes):
+        return planes
+    valid = [plane.pixels[~plane.padding] for plane in planes if not plane.padding.all()]
+    if not valid:
+        return planes
+    darkest = min(0, *(int(pixels.min()) for pixels in valid))
+    if planes[0].scale[0] < 0:  # black and white are exchanged
+        darkest = max(int(pixels.max()) for pixels in valid)
+    filled = []
+    for plane in planes:
+        pixels = np.where(plane.padding, np.array(darkest, plane.pixels.dtype), plane.pixels)
+        filled.append(plane._replace(pixels=pixels))
+    return filled
+
+
+def check_gaps(slices):
+    """Rejected if a slice is missing between others: distances differ by a twentieth and .1 mm."""
+    positions = [position_along_normal(one, slices[0].direction) for one in slices]
+    gaps = np.diff(positions)  # mm
+    usual = np.median(gaps)
+    worst = np.abs(gaps - usual).argmax()
+    if abs(gaps[worst] - usual) > max(0.05 * usual, 0.1):
+        raise Rejected(f"gap of {gaps[worst]:.1f} mm after slice {worst + 1} of {len(slices)}, "
+                       f"others {usual:.1f} mm")
+
+
+def affine_of(slices):
+    """(4, 4) from indices (column, row, slice) to RAS+ mm."""
+    first = slices[0]
+    last = slices[-1]
+    between_rows, between_columns = first.spacing
+    step = np.subtract(last.position, first.position) / (len(slices) - 1)  # keeps the tilt of a gantry
+    affine = np.eye(4)
+    affine[:3, 0] = np.array(first.direction[:3]) * between_columns  # along a row lie its columns
+    affine[:3, 1] = np.array(first.direction[3:]) * between_rows
+    affine[:3, 2] = step
+    affine[:3, 3] = first.position
+    return np.diag([-1, -1, 1, 1]) @ affine  # DICOM counts to the left and back, RAS+ does not
 
 
 def read_series(paths, sample, count, seed):
-    """A DICOM series, or one multi-frame file -> Volume.
+    """The slices of a volume, of any number of files -> Volume."""
+    notes = set()
+    wanted = {}  # {file: slices}
+    for one in sample.slices:
+        wanted.setdefault(one.file, []).append(one)
 
-    Slices are sorted by their position along the normal, never by name or number (PS3.3 C.7.6.2.1.1). Of
-    copies one is kept; two different slices at one place, or a gap, are refused: a wrong anatomy.
-    """
-    notes, modality = set(), sample.modality
-    planes, places, scales = [], [], []  # (rows, columns), 6 + 2 + 3 numbers, 2 numbers of each slice
-    for path in paths:
-        try:
-            ds = open_dicom(path, notes)
-            stored = pixel_array(ds).reshape(-1, ds.Rows, ds.Columns)  # (frames, rows, columns)
-        except BaseException as error:  # decoders raise all there is; this is a guarded child
-            raise Rejected(f"a slice is damaged: {Path(path).name}, {type(error).__name__} {error}") from error
-        sign = -1 if ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct" else 1
-        for n, plane in enumerate(stored):
-            place = [per_frame(ds, n, tag) for tag in (
-                "ImageOrientationPatient", "PixelSpacing", "ImagePositionPatient")]
-            refuse(None in place, "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient")
-            places.append([float(value) for values in place for value in values])
-            slope, intercept, outside = rescale(ds, n, plane)
-            if outside.any() and not outside.all():  # padding becomes the lowest value, or 0
-                plane = np.where(outside, min(plane[~outside].min(), np.array(0, plane.dtype)), plane)
-            planes.append(plane)
-            scales.append((sign * slope, sign * intercept))
-    places = np.array(places)  # (n, 6 + 2 + 3)
-    along_row, along_column, (row_mm, column_mm) = places[0, :3], places[0, 3:6], places[0, 6:8]
-    corners = places[:, 8:]  # (n, 3) mm
-    z = (corners @ np.cross(along_row, along_column)).round(2)  # (n,) mm along the normal
-    z, order, which = np.unique(z, return_index=True, return_inverse=True)  # (k,), (k,), (n,)
-    if len(order) < len(planes):
-        same = all(np.array_equal(plane, planes[order[at]]) for plane, at in zip(planes, which))
-        refuse(not same, "two different slices at one position")
-        notes.add("duplicate slices dropped")
-    refuse(len(order) < MIN_SLICES or np.ptp(places[:, :8], axis=0).max() > 1e-2,
-           f"{len(order)} slices, a volume needs {MIN_SLICES} of one direction and spacing")
-    gaps, usual = np.diff(z), np.median(np.diff(z))  # mm
-    at = np.abs(gaps - usual).argmax()
-    refuse(abs(gaps[at] - usual) > max(0.05 * usual, 0.1),
-           f"gap of {gaps[at]:.1f} mm after slice {at + 1} of {len(order)}, others {usual:.1f} mm")
-    affine = np.eye(4)  # between the first slice and the last, so that a tilted gantry stays as it is
-    affine[:3, 2] = (corners[order[-1]] - corners[order[0]]) / (len(order) - 1)
-    affine[:3, [0, 1, 3]] = np.transpose([along_row * column_mm, along_column * row_mm, corners[order[0]]])
-    affine = np.diag([-1, -1, 1, 1]) @ affine  # DICOM counts to the left and back, RAS+ does not
-    if len(set(scales)) > 1:  # PET and some MR change it from slice to slice
-        planes = [plane.astype(np.float32) * a + b for plane, (a, b) in zip(planes, scales)]
-        scales = [(1.0, 0.0)]
-    voxels = np.stack([planes[i] for i in order]).transpose(2, 1, 0)  # (columns, rows, k)
-    return Volume(voxels, affine, *scales[0], notes=tuple(notes))
+    planes = []
+    said = set()
+    for file, path in zip(sample.files, paths):
+        found, hounsfield = load_planes(path, wanted[file], sample.modality, notes)
+        planes += found
+        said.add(hounsfield)
+    planes = fill_padding(drop_copies(planes, notes))
+    check_gaps([plane.header for plane in planes])
+
+    pixels = [plane.pixels for plane in planes]
+    slope, intercept = planes[0].scale
+    if len({plane.scale for plane in planes}) > 1:  # PET and some MR change it from slice to slice
+        pixels = [plane.pixels.astype(np.float32) * plane.scale[0] + plane.scale[1] for plane in planes]
+        slope, intercept = 1.0, 0.0
+    voxels = np.stack(pixels).transpose(2, 1, 0)  # (columns, rows, slices)
+    affine = affine_of([plane.header for plane in planes])
+    hounsfield = said.pop() if len(said) == 1 else None
+    return Volume(voxels, affine, slope, intercept, hounsfield, tuple(notes))
 
 
+# Which reader opens which kind of sample: (paths, sample, count, seed) -> Frames or Volume.
 READERS = {"image": read_image, "clip": read_clip, "video": read_video, "nifti": read_nifti,
            "dicom": read_dicom, "series": read_series}
 
 
 # ---- arrays: everything becomes float32 in [0, 1], then (C, H, W, S) -----------------------------
-def normalize_percentiles(x, valid=...):
-    """The 0.5 to 99.5 percentile of x (of its valid part) becomes [0, 1]."""
-    low, high = np.percentile(x[valid], (0.5, 99.5)) if x[valid].size else (0, 1)
+BLANK_VOLUME = "blank, no voxel has a value, or all the same"
+NOT_HU = "values are not Hounsfield units: stretched by percentiles"
+# CHOICE: values below this are air, lung or fat, which no scale from zero has.
+HU_EVIDENCE = -20
+# CHOICE: a volume of so few different whole numbers is a mask.
+MASK_VALUES = 16
+
+
+def normalize_percentiles(x, valid=None):
+    """Values of any shape -> float32: the 0.5 and 99.5 percentile (of valid ones) become 0 and 1.
+
+    CHOICE: the paper asks for [0, 1] and does not say how; nnU-Net clips CT by these percentiles.
+    """
+    values = x if valid is None else x[valid]
+    if values.size == 0:
+        return np.zeros(x.shape, np.float32)
+    low, high = np.percentile(values, (0.5, 99.5))
     return np.clip((x - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
 
 
 def resize(x, size, spacing=(1.0, 1.0)):
-    """Planes (S, C, H, W) -> (S, C, h, w), antialiased: longer side in mm to `size` (Sec. 3.4)."""
-    sides = [length * mm for length, mm in zip(x.shape[-2:], spacing)]
-    h, w = (max(1, round(side * size / max(sides))) for side in sides)
+    """Planes (S, C, H, W) -> (S, C, h, w), antialiased: the longer side in mm becomes `size` (Sec. 3.4)."""
+    height = x.shape[-2] * spacing[0]
+    width = x.shape[-1] * spacing[1]
+    scale = size / max(height, width)
+    h = max(1, round(height * scale))
+    w = max(1, round(width * scale))
     return F.interpolate(x, (h, w), mode="bilinear", antialias=True)  # (S, C, h, w)
 
 
 def pad(x, size):
     """(S, C, h, w) -> (C, size, size, S), centred in zeros (Sec. 3.4)."""
-    top, left = (size - x.shape[2]) // 2, (size - x.shape[3]) // 2
-    x = F.pad(x, (left, size - x.shape[3] - left, top, size - x.shape[2] - top))  # (S, C, size, size)
+    top = (size - x.shape[2]) // 2
+    left = (size - x.shape[3]) // 2
+    bottom = size - x.shape[2] - top
+    right = size - x.shape[3] - left
+    x = F.pad(x, (left, right, top, bottom))  # (S, C, size, size)
     return x.permute(1, 2, 3, 0)  # (C, size, size, S)
-
-
-def frames_to_array(frames, colour, size, spacing):
-    """Frames (h, w[, 3]), float32 in [0, 1] or uint8 -> (3 if colour else 1, size, size, frames)."""
-    refuse(min(x.min() for x in frames) == max(x.max() for x in frames), "blank, one value only")
-    planes = []
-    for frame in frames:
-        frame = frame.astype(np.float32) / 255 if frame.dtype == np.uint8 else frame
-        frame = frame @ LUMA if frame.ndim == 3 and not colour else frame  # (h, w) or (h, w, 3)
-        frame = np.ascontiguousarray(np.atleast_3d(frame).transpose(2, 0, 1))  # (1 or 3, h, w)
-        planes.append(pad(resize(torch.from_numpy(frame)[None], size, spacing), size))  # (C, size, size, 1)
-    return torch.cat(planes, dim=3).expand(3 if colour else 1, -1, -1, -1)  # (C, size, size, S)
-
-
-def volume_to_array(volume, modality, size, slices, notes):
-    """Volume -> (1, size, size, slices) in [0, 1], oriented as the file header says.
-
-    CT is clipped to HU_RANGE before any averaging, other volumes are stretched by percentiles at the end.
-    """
-    voxels, affine, slope, intercept = volume[:4]
-    axes = nib.io_orientation(affine)  # (3, 2): along which axis of the body i, j, k run, and which way
-    refuse(np.isnan(axes).any(), "singular affine, the header gives no orientation")
-    to_lps = nib.orientations.ornt_transform(axes, nib.orientations.axcodes2ornt("LPS"))
-    spacing = nib.affines.voxel_sizes(affine)[np.argsort(-to_lps[:, 0])]  # mm along S, H, W
-    voxels = nib.apply_orientation(voxels, to_lps).T  # (S, H, W), a view
-    if 1 in voxels.shape:  # a single slice of any direction is an image, head up
-        thin = voxels.shape.index(1)
-        voxels = np.moveaxis(voxels, thin, 0)[:, ::-1 if thin else 1]  # (1, rows, columns)
-        slices, spacing = 1, np.r_[spacing[thin], np.delete(spacing, thin)]
-    low, high = HU_RANGE if modality == "ct" else (-np.inf, np.inf)  # only HU are clipped
-    eye = torch.eye(len(voxels))[None, None]  # antialiased: plain interpolation skips some of many slices
-    weights = F.interpolate(eye, (slices, len(voxels)), mode="bilinear", antialias=True)[0, 0]  # (slices, S)
-    planes = []
-    for row in weights:  # (S,): a weighted mean of a few slices, which are all that is in memory as floats
-        first, last = row.nonzero()[[0, -1], 0].tolist()
-        x = torch.from_numpy(np.ascontiguousarray(voxels[first:last + 1], np.float32))  # (few, H, W)
-        x = x.mul_(slope).add_(intercept)  # HU for CT
-        if voxels.dtype.kind == "f" and not x.sum().isfinite():
-            notes.add("NaN or infinite voxels set to the background")
-            x = torch.where(x.isfinite(), x, low if modality == "ct" else 0.0)
-        x = torch.tensordot(row[first:last + 1], x.clamp_(low, high), dims=1)  # (H, W)
-        planes.append(resize(x[None, None], size, spacing[1:]))  # (1, 1, h, w)
-    x = torch.cat(planes)  # (slices, 1, h, w)
-    refuse(x.max() - x.min() <= 1e-5 * x.abs().max(), "blank, no voxel has a value, or all the same")
-    x = (x - low) / (high - low) if modality == "ct" else torch.from_numpy(normalize_percentiles(x.numpy()))
-    return pad(x, size)  # (1, size, size, slices)
 
 
 def sample_frames(n, k, seed, notes):
@@ -1059,6 +1644,139 @@ def sample_frames(n, k, seed, notes):
         notes.add("fewer frames than asked for: repeated evenly")
         return [i * n // k for i in range(k)]
     return sorted(random.Random(seed).sample(range(n), k))
+
+
+def to_channels(frame, colour):
+    """A frame (h, w) or (h, w, 3), uint8 or float32 in [0, 1] -> (3 if colour else 1, h, w) float32."""
+    if frame.dtype == np.uint8:
+        frame = frame.astype(np.float32) / 255
+    if frame.ndim == 3 and not colour:
+        frame = frame @ LUMA  # (h, w)
+    if frame.ndim == 2:
+        frame = frame[:, :, None]  # (h, w, 1)
+    x = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1), np.float32))  # (1 or 3, h, w)
+    return x.expand(3 if colour else 1, -1, -1)
+
+
+def frames_to_array(frames, colour, size, spacing):
+    """Frames (h, w[, 3]), float32 in [0, 1] or uint8 -> (3 if colour else 1, size, size, frames)."""
+    planes = []
+    low, high = np.inf, -np.inf
+    for frame in frames:
+        x = to_channels(frame, colour)  # (C, h, w)
+        low = min(low, x.min().item())
+        high = max(high, x.max().item())
+        planes.append(pad(resize(x[None], size, spacing), size))  # (C, size, size, 1)
+    if low == high:
+        raise Rejected("blank, one value only")
+    return torch.cat(planes, dim=3)  # (C, size, size, frames)
+
+
+def orient(voxels, affine):
+    """Voxels (i, j, k) -> a view (S, H, W): S from the feet up, H to the back, W to the left; mm along each.
+
+    A single slice, of whatever direction, is an image (1, rows, columns) with the head up.
+    """
+    axes = nib.io_orientation(affine)  # along which axis of the body i, j, k run, and which way
+    if np.isnan(axes).any():
+        raise Rejected("singular affine, the header gives no orientation")
+    to_lps = nib.orientations.ornt_transform(axes, nib.orientations.axcodes2ornt("LPS"))
+    spacing = nib.affines.voxel_sizes(affine)  # mm along i, j, k
+    spacing = spacing[np.argsort(to_lps[:, 0])][::-1]  # mm along S, P, L
+    voxels = nib.apply_orientation(voxels, to_lps).T  # (S, H, W)
+    if 1 not in voxels.shape:
+        return voxels, spacing
+
+    thin = voxels.shape.index(1)
+    voxels = np.moveaxis(voxels, thin, 0)  # (1, rows, columns)
+    if thin > 0:  # coronal and sagittal: rows run along S
+        voxels = voxels[:, ::-1]
+    rows_mm, columns_mm = np.delete(spacing, thin)
+    return voxels, np.array([spacing[thin], rows_mm, columns_mm])
+
+
+def is_hounsfield(values, said):
+    """True if CT values are HU: the header says so, or else some are as low as fat, lung or air.
+
+    said: True or False by the header, None if it says nothing.
+    CHOICE: 0..1, 0..255 and HU + 1024 have nothing below zero; a crop of soft tissue without air has fat.
+    """
+    if said is not None:
+        return said
+    return values.size > 0 and bool(np.nanmin(values) < HU_EVIDENCE)
+
+
+def is_mask(voxels):
+    """True if voxels are a handful of whole numbers, as a mask of organs has them."""
+    some = np.unique(voxels[::4, ::4, ::4])
+    if len(some) > MASK_VALUES:
+        return False
+    values = np.unique(voxels)
+    return len(values) <= MASK_VALUES and bool((values == np.round(values)).all())
+
+
+def value_range(volume, modality, notes):
+    """What values are clipped to before averaging: HU_RANGE if they are HU, else nothing."""
+    everything = (-np.inf, np.inf)
+    if modality != "ct":
+        return everything
+    voxels = volume.voxels
+    if voxels.dtype.kind == "f":
+        voxels = voxels[np.isfinite(voxels)]
+    ends = np.array([])
+    if voxels.size:
+        ends = np.array([voxels.min(), voxels.max()], np.float64) * volume.slope + volume.intercept
+    if is_hounsfield(ends, volume.hounsfield):
+        return HU_RANGE
+    if ends.size == 0 or ends[0] == ends[1]:
+        raise Rejected(BLANK_VOLUME)
+    if volume.hounsfield is None and is_mask(volume.voxels):
+        raise Rejected("a mask: its voxels are a handful of whole numbers")
+    notes.add(NOT_HU)
+    return everything
+
+
+def resampling_weights(n_in, n_out):
+    """(n_out, n_in) weights by which n_in slices become n_out, antialiased: plain interpolation skips some.
+
+    They are what F.interpolate makes of each slice alone, a row of zeros with a single one.
+    """
+    alone = torch.eye(n_in)[None, None]  # (1, 1, n_in, n_in)
+    return F.interpolate(alone, (n_out, n_in), mode="bilinear", antialias=True)[0, 0]  # (n_out, n_in)
+
+
+def volume_to_array(volume, modality, size, slices, notes):
+    """Volume -> (1, size, size, slices) in [0, 1], oriented as the file header says (Sec. 3.4).
+
+    HU are clipped to HU_RANGE before any averaging; other values are stretched by percentiles at the end.
+    """
+    low, high = value_range(volume, modality, notes)
+    voxels, spacing = orient(volume.voxels, volume.affine)  # (S, H, W); mm along S, H, W
+    if len(voxels) == 1:
+        slices = 1
+
+    # A new slice is a mean of a few old ones. Only these are in memory as floats.
+    background = low if np.isfinite(low) else 0.0
+    planes = []
+    for weights in resampling_weights(len(voxels), slices):  # (S,)
+        used = weights.nonzero()[:, 0]
+        first, last = used[0].item(), used[-1].item()
+        x = torch.from_numpy(np.ascontiguousarray(voxels[first:last + 1], np.float32))  # (few, H, W)
+        x = x.mul_(volume.slope).add_(volume.intercept)
+        if voxels.dtype.kind == "f" and not x.sum().isfinite():
+            notes.add(NOT_FINITE)
+            x = torch.where(x.isfinite(), x, background)
+        x = torch.tensordot(weights[first:last + 1], x.clamp_(low, high), dims=1)  # (H, W)
+        planes.append(resize(x[None, None], size, spacing[1:]))  # (1, 1, h, w)
+    x = torch.cat(planes)  # (slices, 1, h, w)
+
+    if x.max() - x.min() <= 1e-5 * x.abs().max():
+        raise Rejected(BLANK_VOLUME)
+    if (low, high) == HU_RANGE:
+        x = (x - low) / (high - low)
+    else:
+        x = torch.from_numpy(normalize_percentiles(x.numpy()))
+    return pad(x, size)  # (1, size, size, slices)
 
 
 # ---- workers: one sample, decoded in a guarded child ---------------------------------------------
