@@ -304,7 +304,7 @@ def read_ours(path, kind):
     files = sorted(map(str, path.iterdir())) if kind == "series" else [str(path)]
     if kind == "series":
         for file in files:  # the pass over the headers that finds the series of a folder
-            prepare.dicom_header(file)
+            prepare.read_header("", file, "", allow_2d=True)
     job = prepare.Sample(files, kind, "xray" if kind == "image" else "ct", id="0" * 16)
     return prepare.decode(job, "", 256, 64, 16)[0]
 

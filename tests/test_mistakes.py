@@ -41,10 +41,12 @@ def home(tmp_path_factory):
 TRAIN = "train.py --arch vit_xs --epochs 1 --batch-size 4 --batch-size-3d 4 --data cache/small"
 MISTAKES = [  # command, exit code, words of its last line
     ("prepare.py folder nowhere --modality xray", 1, "nowhere"),
-    ("prepare.py folder", 1, "SOURCE"),
+    ("prepare.py folder", 2, "SOURCE"),
     ("prepare.py folder empty --modality xray", 1, "empty"),
     ("prepare.py folder images", 1, "--modality"),
-    ("prepare.py folder images --modality x-ray", 2, "--modality"),
+    ("prepare.py folder images --modality x-ray", 2, "add the word to MODALITIES"),
+    ("prepare.py folder images --modality xray --shard 2/2", 2, "--shard"),
+    ("prepare.py folder images --modality xray --shard 0/2 --prune", 2, "--prune"),
     ("prepare.py folder images --modality xray --labels nolabels.csv", 1, "nolabels.csv"),
     ("prepare.py folder images --modality xray --labels badsplit.csv", 1, "holdout"),
     ("prepare.py chestxray14 images", 1, "Data_Entry"),
