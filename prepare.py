@@ -12,6 +12,7 @@ A sample is done when its .npy exists: a run makes what is missing, then writes 
 again, delete its .npy. Children decode the files, short of time and memory: no file can end or hang a run.
 """
 import csv
+import gc
 import gzip
 import hmac
 import io
@@ -735,6 +736,8 @@ def worker_loop(task, batch, reader, writer):
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")  # by torch
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     torch.set_num_threads(1)  # the processes share the cores
+    # imageio collects garbage at the end of every video: 50 ms, unless what was imported is left out of it.
+    gc.freeze()
     Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow warns from here, and refuses from twice as many
     for item in batch:
         signal.alarm(SECONDS)  # decode sets its own
