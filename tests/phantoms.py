@@ -1,16 +1,17 @@
 """Labelled phantoms in five modalities, written as the files a hospital would send.
 
 In: a folder, a size n, a seed. Out: n training and .8 n test patients (MRI: test only), one sample each, of
-  ct          (96-128)^2 x 24-48 HU volume   .nii.gz in many axis orders, or a folder of DICOM slices
+  ct          (48-64)^2 x 12-24 HU volume   .nii.gz in many axis orders, or a folder of DICOM slices
   xray        attenuation projection         12-bit DICOM, one third MONOCHROME1
   mri         T1, T2 or PD contrast          .nii.gz, never trained on
   ultrasound  speckled sector with shadows   .png, grey
-  endoscopy   24-28 frames through a tube    .avi, RGB
+  endoscopy   12-16 frames through a tube    .avi, RGB
 and labels.csv (path,labels,patient,split,modality): `part:<body part>` and, of two in three, `lesion:<kind>`.
 A body is ellipsoids and tubes in 3D; a modality is a column of TISSUES and a way to look at them.
 Run: python -m tests.phantoms FOLDER
 """
 import csv
+import gc
 import gzip
 import os
 import sys
@@ -201,7 +202,7 @@ def pose(points, rng, size, turn, freedom=1):
 
 def paint(shapes, points, values, edge):
     """Draw shapes with soft edges of `edge` mm: points (3, X, Y, Z), {tissue: value} -> (X, Y, Z) float32."""
-    image, step = np.full(points.shape[1:], values["air"], np.float32), 4
+    image, step = np.full(points.shape[1:], values["air"], np.float32), 3
     coarse = points[:, ::step, ::step, ::step]  # most shapes are small: look closely only where they can be
     far = sum(np.linalg.norm(np.diff(coarse, axis=axis), axis=0).max(initial=0) for axis in (1, 2, 3))
     for shape in shapes:
@@ -221,8 +222,8 @@ def look(column, rng, spread):
 
 def volume(part, rng, column, spread):
     """A scan: values (W, H, S) float32 along patient left, back, up; voxel size (3,) mm; lesion kind."""
-    (shapes, kind), size, pixels = body(part, rng), PARTS[part][0], rng.choice([96, 112, 128])
-    shape, extent = (pixels, pixels, rng.integers(24, 49)), size * np.array([1, 1, rng.uniform(.5, .9)])
+    (shapes, kind), size, pixels = body(part, rng), PARTS[part][0], rng.choice([48, 56, 64])
+    shape, extent = (pixels, pixels, rng.integers(12, 25)), size * np.array([1, 1, rng.uniform(.5, .9)])
     points = pose(box(shape, extent), rng, size, rng.uniform(-1, 1, 3) * (8, 8, 20))
     return paint(shapes, points, look(column, rng, spread), size / pixels), extent / shape, kind
 
@@ -230,7 +231,7 @@ def volume(part, rng, column, spread):
 def ct(part, rng):
     """HU (W, H, S) int16 with streaky noise, voxel size, lesion kind."""
     image, voxel, kind = volume(part, rng, 0, 20)
-    noise = rng.normal(0, rng.uniform(15, 50), image.shape)
+    noise = rng.normal(0, rng.uniform(5, 18), image.shape)
     image += (noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) / 2
     return np.round(image).clip(-1024, 3071).astype(np.int16), voxel, kind
 
@@ -240,20 +241,20 @@ def mri(part, rng):
     image, voxel, kind = volume(part, rng, rng.integers(1, 4), .06)
     grid = box(image.shape, (2, 2, 2))
     gain = np.einsum("i,i...->...", rng.normal(0, .25, 3), grid - .4 * grid ** 2)
-    noise = rng.normal(0, rng.uniform(.01, .05), (2, *image.shape))
+    noise = rng.normal(0, rng.uniform(.004, .018), (2, *image.shape))
     image = np.hypot(image * np.exp(gain) + noise[0], noise[1])
     return (image * rng.uniform(300, 3000)).astype(np.int16), voxel, kind
 
 
 def xray(part, rng):
     """12-bit picture (H, W) uint16, None, lesion kind: log of Beer-Lambert with photon noise, bone bright."""
-    (shapes, kind), size, width = body(part, rng), PARTS[part][0], rng.integers(96, 129)
+    (shapes, kind), size, width = body(part, rng), PARTS[part][0], rng.integers(48, 65)
     view = rng.choice([0, 0, 0, 180, 40, -40, 90, -90]) + rng.uniform(-12, 12)  # frontal to lateral
-    points = box((width, 48, 128), size * np.array([width / 128, 1.15, 1]))
+    points = box((width, 40, 64), size * np.array([width / 64, 1.15, 1]))
     points = pose(points, rng, size, (rng.uniform(-8, 8), rng.uniform(-20, 20), view))
-    hu = paint(shapes, points, look(0, rng, 20), size / 80)
+    hu = paint(shapes, points, look(0, rng, 20), size / 64)
     density = np.clip(1 + hu / 1000, 0, None) + .9 * np.clip(hu / 1000 - .15, 0, None)  # bone stops soft rays
-    passed = rng.poisson(rng.uniform(2e3, 2e4) * np.exp(-5.2 * density.mean(1).T[::-1]))  # (H, W), head up
+    passed = rng.poisson(rng.uniform(8e3, 8e4) * np.exp(-5.2 * density.mean(1).T[::-1]))  # (H, W), head up
     line = -np.log(passed + 1.)
     line = (line - line.min()) / np.ptp(line) * rng.uniform(2500, 4000)
     return np.round(line).astype(np.uint16), None, kind
@@ -303,7 +304,7 @@ FINDINGS = {"polyp": (.85, .28, .28), "ulcer": (.95, .9, .65), "bleeding": (.45,
 
 
 def endoscopy(organ, rng):
-    """Frames (T, 160, 160, 3) uint8, None, finding: in or out through a veined tube."""
+    """Frames (T, 64, 64, 3) uint8, None, finding: in or out through a veined tube."""
     dense, lumen = ORGANS[organ]
     finding, folds = rng.choice([*FINDINGS, None]), rng.integers(4, 8)
     deep, pace, phase = np.float32(rng.uniform((.7, .7, 0), (1.3, 1.3, 6.28)))
@@ -312,18 +313,18 @@ def endoscopy(organ, rng):
     flesh = np.array([.8, .42, .34]) * rng.uniform(.96, 1.04, 3) * rng.uniform(.95, 1.05)
     waves = rng.normal(0, (3, 5), (8, 2)) * dense
     veins, lamp, wet, exposure = rng.uniform((.05, .3, .3, .28), (.3, .5, .6, .34))
-    y, x = np.mgrid[-1:1:72j, -1:1:72j].astype(np.float32)
+    y, x = np.mgrid[-1:1:64j, -1:1:64j].astype(np.float32)
     planes, frames = np.geomspace(.25, 9, 20, dtype=np.float32)[:, None, None], []
-    for t in np.linspace(0, 1, rng.integers(24, 29))[::rng.choice([-1, 1])]:
+    for t in np.linspace(0, 1, rng.integers(12, 17))[::rng.choice([-1, 1])]:
         right, down = (1.25 * u + np.float32(v) for u, v in zip((x, y), tip + drift * t))
         angle, depth = np.arctan2(down, right) + np.float32(roll @ (1, t)), np.float32(1.2 * t)
-        wall = lumen(angle, (depth + planes) * pace, folds, deep, phase)  # (20, 72, 72)
+        wall = lumen(angle, (depth + planes) * pace, folds, deep, phase)  # (20, 64, 64)
         gap = planes * np.hypot(right, down) - wall  # positive where a ray has left the tube
         gap[-1] = np.abs(gap[-1])  # the end of the world
         hit = np.argmax(gap > 0, 0).clip(1)
         before, after = (np.take_along_axis(gap, hit[None] - k, 0)[0] for k in (1, 0))
         share = np.clip(before / (before - after), 0, 1)
-        far = planes.ravel()[hit - 1] * (1 - share) + planes.ravel()[hit] * share  # (72, 72)
+        far = planes.ravel()[hit - 1] * (1 - share) + planes.ravel()[hit] * share  # (64, 64)
         ring = np.hypot(2.2 * np.sin((angle - spot) / 2), depth + far - place) / reach  # its rim is 1
         far = far * (1 - .3 * (finding == "polyp") * np.exp(-1.5 * ring ** 2))
         point = np.stack([right * far, down * far, far], -1)
@@ -336,9 +337,8 @@ def endoscopy(organ, rng):
             colour += .85 * np.exp(-ring ** 4)[..., None] * (FINDINGS[finding] - colour)
         colour += (wet * np.clip(facing + .04 * relief, 0, 1) ** 60)[..., None]  # highlights
         frame = colour * ((.25 + .75 * facing) / (1 + (lamp * far) ** 2))[..., None]
-        frame = frame * exposure / frame.mean() + rng.normal(0, .012, (72, 72, 1))  # as the camera does
-        frame = np.uint8(255 * np.clip(frame, 0, 1) ** .8 * (np.hypot(x, y) < 1.15)[..., None])
-        frames.append(np.asarray(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC)))
+        frame = frame * exposure / frame.mean() + rng.normal(0, .012, (64, 64, 1))  # as the camera does
+        frames.append(np.uint8(255 * np.clip(frame, 0, 1) ** .8 * (np.hypot(x, y) < 1.15)[..., None]))
     return np.stack(frames), None, finding
 
 
@@ -440,7 +440,7 @@ def write_demo(folder, n=200, seed=1):
         return folder / "labels.csv"
     jobs = [(folder, modality, number, "test" if number < test else "train", seed)
             for modality in MODALITIES for number in range(test + n * (modality != "mri"))]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), initializer=gc.freeze) as pool:
         rows = list(pool.map(write_sample, *zip(*jobs), chunksize=4))
     with open(folder / "labels.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "labels", "patient", "split", "modality"), *rows])
