@@ -304,7 +304,7 @@ FINDINGS = {"polyp": (.85, .28, .28), "ulcer": (.95, .9, .65), "bleeding": (.45,
 
 
 def endoscopy(organ, rng):
-    """Frames (T, 64, 64, 3) uint8, None, finding: in or out through a veined tube."""
+    """Frames (T, 160, 160, 3) uint8, None, finding: in or out through a veined tube."""
     dense, lumen = ORGANS[organ]
     finding, folds = rng.choice([*FINDINGS, None]), rng.integers(4, 8)
     deep, pace, phase = np.float32(rng.uniform((.7, .7, 0), (1.3, 1.3, 6.28)))
@@ -338,7 +338,8 @@ def endoscopy(organ, rng):
         colour += (wet * np.clip(facing + .04 * relief, 0, 1) ** 60)[..., None]  # highlights
         frame = colour * ((.25 + .75 * facing) / (1 + (lamp * far) ** 2))[..., None]
         frame = frame * exposure / frame.mean() + rng.normal(0, .012, (64, 64, 1))  # as the camera does
-        frames.append(np.uint8(255 * np.clip(frame, 0, 1) ** .8 * (np.hypot(x, y) < 1.15)[..., None]))
+        frame = np.uint8(255 * np.clip(frame, 0, 1) ** .8 * (np.hypot(x, y) < 1.15)[..., None])
+        frames.append(np.asarray(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC)))
     return np.stack(frames), None, finding
 
 

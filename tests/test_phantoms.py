@@ -96,7 +96,7 @@ def test_every_row_is_a_readable_file_of_its_modality(demo):
             seen.add(ds.PhotometricInterpretation)
         elif modality == "endoscopy":
             frames = iio.imread(path, plugin="pyav")
-            assert frames.shape[1:] == (64, 64, 3) and 12 <= len(frames) <= 16
+            assert frames.shape[1:] == (160, 160, 3) and 12 <= len(frames) <= 16
             assert np.abs(np.diff(frames.astype(float), axis=0)).mean() > 1  # something happens
             assert frames[..., 0].mean() > frames[..., 2].mean() > 10  # flesh, not grey
         elif modality == "ultrasound":
