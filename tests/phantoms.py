@@ -332,13 +332,13 @@ def pose(points, rng, size, turn, freedom=1):
     """
     points = np.float32(points)
 
-    # The patient is turned about x, y and z by so many degrees,
+    # The patient is turned about x, about y and about z, each time by so many degrees.
     for (a, b), degrees in zip(((1, 2), (2, 0), (0, 1)), turn):
         cos = np.float32(np.cos(np.radians(degrees)))
         sin = np.float32(np.sin(np.radians(degrees)))
         points[a], points[b] = cos * points[a] - sin * points[b], sin * points[a] + cos * points[b]
 
-    # is small or large, and lies off centre.
+    # The patient is small or large, and lies off centre.
     zoom = (1 + freedom * rng.uniform(-.35, .35)) * rng.uniform(.92, 1.08, 3)
     move = freedom * rng.uniform(-.18, .18, 3) * size
     points = (points.T / np.float32(zoom) + np.float32(move)).T
@@ -364,6 +364,7 @@ def paint(shapes, points, values, edge, step=3):
     far = 0
     for axis in (1, 2, 3):
         far += np.linalg.norm(np.diff(coarse, axis=axis), axis=0).max(initial=0)
+
     for shape in shapes:
         near = np.nonzero(shape.distance(coarse) < far + edge / 2)
         if len(near[0]) == 0:
@@ -380,7 +381,9 @@ def look(quantity, rng, spread):
     values = {}
     for name, tissue in TISSUES.items():
         moved = spread * rng.normal()
-        values[name] = getattr(tissue, quantity) + (0 if name in NEVER_VARY else moved)
+        if name in NEVER_VARY:
+            moved = 0
+        values[name] = getattr(tissue, quantity) + moved
     return values
 
 
@@ -451,21 +454,23 @@ class Probe(NamedTuple):
 
 
 def echoes(shapes, size, probe, rng):
-    """Log-compressed signal (160, 224) in [0, 1]: a row a beam, a column a depth."""
+    """What 160 beams bring back from 224 depths: log-compressed signal (160, 224) in [0, 1]."""
+    # The beams lie in a plane across the body, the front of the probe before the middle of it.
     front = shapes[0].radii[1]  # mm from the middle of the body to its skin
     angle = np.linspace(-probe.half, probe.half, 160)[:, None]  # (160, 1)
     length = probe.near + np.linspace(0, probe.depth, 224)  # (224,)
     across = np.sin(angle) * length
     down = np.cos(angle) * length - probe.near - front
     points = np.stack([across, down, np.zeros_like(down)])  # (3, 160, 224) mm
+
+    # The patient is turned a little, and moved up or down until the middle beam starts at the skin.
     turn = rng.uniform(-1, 1, 3) * (8, 10, 12) + (0, 180 * rng.integers(2), 0)  # from left or right
     points = pose(points, rng, size, turn, .3)[..., None]  # (3, 160, 224, 1)
-    # The patient is moved up or down until the middle beam starts at the skin.
     points[1] += shapes[0].distance(points[:, 80, :1, 0])
 
     echo_of = look("echo", rng, .03)
     loss_of = look("loss", rng, 0)
-    echo_of["air"] = echo_of["muscle"] / 2  # gel around the skin
+    echo_of["air"] = echo_of["muscle"] / 2  # it is gel
     edge = probe.depth / 150
     echo = paint(shapes, points, echo_of, edge)[..., 0]  # (160, 224)
     loss = paint(shapes, points, loss_of, edge)[..., 0]  # (160, 224)
@@ -507,7 +512,8 @@ def ultrasound(part, rng):
 
 
 # ---- endoscopy: flying through a tube of about radius 1 ------------------------------------------
-# Each organ is the radius of a tube at an angle and a depth; the rest differs between patients.
+# Each organ is the radius of a tube at an angle and a depth. Every patient has another number of
+# folds, which are more or less deep and begin elsewhere.
 def colon(angle, depth, folds, deep, phase):
     """Half-moon folds in three rows between wide pockets."""
     fold = np.exp(-(8 * (depth / 1.3 % 1 - .5)) ** 2)
@@ -543,17 +549,17 @@ PLANES = np.geomspace(.25, 9, 20, dtype=np.float32)[:, None, None]  # (20, 1, 1)
 class Tube(NamedTuple):
     """One patient's organ, its finding, the way of the endoscope through it, and the endoscope."""
     wall: Callable  # one of ORGANS
-    folds: int
-    deep: float
-    pace: float  # how fast folds follow each other
-    phase: float
-    finding: str | None
-    spot: float  # angle, depth and size of the finding
-    place: float
-    reach: float
-    tip: np.ndarray  # (2,) where the endoscope points, and how this changes
-    drift: np.ndarray
-    roll: np.ndarray  # (2,) its angle and how that changes
+    folds: int  # their number
+    deep: float  # their height, 1 on average
+    pace: float  # how fast they follow each other
+    phase: float  # where they begin
+    finding: str | None  # its kind
+    spot: float  # its angle,
+    place: float  # its depth
+    reach: float  # and its size
+    tip: np.ndarray  # (2,) where the endoscope points at first,
+    drift: np.ndarray  # (2,) and how far this moves
+    roll: np.ndarray  # (2,) its angle at first, and how far that turns
     flesh: np.ndarray  # (3,) colour
     waves: np.ndarray  # (8, 2) of which the pattern of veins is made
     veins: float  # how dark they are
@@ -563,6 +569,7 @@ class Tube(NamedTuple):
 
 
 def draw_tube(organ, rng):
+    """The organ of one patient, at random."""
     finding = rng.choice([*FINDINGS, None])
     folds = rng.integers(4, 8)
     deep, pace, phase = np.float32(rng.uniform((.7, .7, 0), (1.3, 1.3, 6.28)))
@@ -582,7 +589,7 @@ def first_hit(gap):
 
     gap is negative where a ray, at one of PLANES, is still inside the tube.
     """
-    gap[-1] = np.abs(gap[-1])  # the end of the world
+    gap[-1] = np.abs(gap[-1])  # here every ray ends
     hit = np.argmax(gap > 0, 0).clip(1)  # the first plane outside
     after = np.take_along_axis(gap, hit[None], 0)[0]
     before = np.take_along_axis(gap, hit[None] - 1, 0)[0]
@@ -593,28 +600,31 @@ def first_hit(gap):
 def frame_at(t, tube, rng):
     """What the endoscope sees at time t in [0, 1]: (FRAME, FRAME, 3) uint8."""
     # The ray of a pixel leads (right, down, 1) times `far` to the wall.
-    y, x = np.mgrid[-1:1:VIEW * 1j, -1:1:VIEW * 1j].astype(np.float32)  # (VIEW, VIEW) each
+    axis = np.linspace(-1, 1, VIEW, dtype=np.float32)
+    y, x = np.meshgrid(axis, axis, indexing="ij")  # (VIEW, VIEW) each
     tip = np.float32(tube.tip + tube.drift * t)
     right = 1.25 * x + tip[0]
     down = 1.25 * y + tip[1]
     angle = np.arctan2(down, right) + np.float32(tube.roll @ (1, t))
     depth = np.float32(1.2 * t)
-    along = (depth + PLANES) * tube.pace
-    wall = tube.wall(angle, along, tube.folds, tube.deep, tube.phase)  # (20, VIEW, VIEW)
+    planes = (depth + PLANES) * tube.pace
+    wall = tube.wall(angle, planes, tube.folds, tube.deep, tube.phase)  # (20, VIEW, VIEW)
     far = first_hit(PLANES * np.hypot(right, down) - wall)  # (VIEW, VIEW)
 
-    # A finding is round on the wall, its rim where `ring` is 1. A polyp stands out.
+    # A finding is round on the wall, its rim where `ring` is 1. A polyp sticks out.
     ring = np.hypot(2.2 * np.sin((angle - tube.spot) / 2), depth + far - tube.place) / tube.reach
     far = far * (1 - .3 * (tube.finding == "polyp") * np.exp(-1.5 * ring ** 2))
+
+    # The wall is bright where it faces the lamp.
     point = np.stack([right * far, down * far, far], -1)  # (VIEW, VIEW, 3)
     normal = np.cross(np.gradient(point, axis=1), np.gradient(point, axis=0))
     lengths = np.sqrt((normal ** 2).sum(-1) * (point ** 2).sum(-1))
-    facing = np.abs((normal * point).sum(-1)) / lengths  # 1 where the wall faces the lamp
+    facing = np.abs((normal * point).sum(-1)) / lengths  # (VIEW, VIEW), 1 where it does
 
     # Veins are where a sum of waves is 0.
     relief = 0
-    for around, along in tube.waves.tolist():
-        relief = relief + np.sin(round(around) * angle + along * (depth + far) + 9 * around)
+    for around, inward in tube.waves.tolist():
+        relief = relief + np.sin(round(around) * angle + inward * (depth + far) + 9 * around)
     relief = relief / 4
     colour = (1 - tube.veins * np.exp(-(relief / .12) ** 2) + .08 * relief)[..., None]
     colour = tube.flesh * colour ** (.6, 1.3, 1.3)  # (VIEW, VIEW, 3)
@@ -630,10 +640,10 @@ def frame_at(t, tube, rng):
 
 
 def endoscopy(organ, rng):
-    """Frames (T, 160, 160, 3) uint8, in or out through a veined tube; a lesion lies on its wall."""
+    """Frames (T, 160, 160, 3) uint8 from inside a veined tube; a lesion is a finding on its wall."""
     tube = draw_tube(organ, rng)
     times = np.linspace(0, 1, rng.integers(12, 17))
-    times = times[::rng.choice([-1, 1])]
+    times = times[::rng.choice([-1, 1])]  # on the way in or out
     frames = [frame_at(t, tube, rng) for t in times]
     return Phantom(np.stack(frames), None, tube.finding)
 
@@ -745,9 +755,10 @@ def write_sample(folder, modality, number, split, seed):
     part = tuple(kind.parts)[number % len(kind.parts)]
     image, voxel, lesion = kind.draw(part, rng)
 
+    # Every other CT is a folder of slices.
     ending = kind.ending
     if modality == "ct" and number % 2:
-        ending = ""  # every other CT is a folder of slices
+        ending = ""
     path = folder / modality / f"{number:04d}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
     if ending == "":
@@ -775,9 +786,9 @@ def write_demo(folder, n=200, seed=1):
     if table.exists():
         return table
 
+    # imageio collects garbage after every video: quick, if what was imported is left out of it.
     test = math.ceil(.8 * n)
     cores = len(os.sched_getaffinity(0))
-    # imageio collects garbage after every video: quick, if what was imported is left out of it.
     with ProcessPoolExecutor(cores, initializer=gc.freeze) as pool:
         samples = []
         for modality in MODALITIES:
