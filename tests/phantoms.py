@@ -640,7 +640,7 @@ def frame_at(t, tube, rng):
 
 
 def endoscopy(organ, rng):
-    """Frames (T, 160, 160, 3) uint8 from inside a veined tube; a lesion is a finding on its wall."""
+    """Frames (T, 160, 160, 3) uint8 of a veined tube from inside; a lesion lies on its wall."""
     tube = draw_tube(organ, rng)
     times = np.linspace(0, 1, rng.integers(12, 17))
     times = times[::rng.choice([-1, 1])]  # on the way in or out
