@@ -730,6 +730,16 @@ def write_nifti(path, image, voxel, rng):
     path.write_bytes(gzip.compress(scan.to_bytes(), compresslevel=1, mtime=0))
 
 
+def write_video(path, frames):
+    """An AVI of motion JPEG, every frame a picture of its own."""
+    with iio.imopen(path, "w", plugin="pyav") as video:
+        video.init_video_stream("mjpeg", fps=25, pixel_format="yuvj420p")
+        # With more threads the bytes, though not the pixels, depend on how many cores there are.
+        video._video_stream.thread_count = 1
+        for frame in frames:
+            video.write_frame(frame)
+
+
 class Kind(NamedTuple):
     """How samples of a modality are made."""
     draw: Callable  # (part, rng) -> Phantom
@@ -768,7 +778,7 @@ def write_sample(folder, modality, number, split, seed):
     elif ending == ".dcm":
         write_xray(path, image, patient, rng)
     elif ending == ".avi":
-        iio.imwrite(path, image, plugin="pyav", codec="mjpeg", fps=25, out_pixel_format="yuvj420p")
+        write_video(path, image)
     else:
         Image.fromarray(image).save(path)
 

@@ -1,5 +1,6 @@
 """Phantoms are real files of a known body: geometry, physics, headers, splits, and nothing left to chance."""
 import csv
+import os
 from collections import Counter
 
 import imageio.v3 as iio
@@ -189,3 +190,15 @@ def test_the_same_seed_gives_the_same_bytes(demo, tmp_path):
         assert path.read_bytes() == (folder / path.relative_to(tmp_path)).read_bytes()
     write_sample(tmp_path / "other", "xray", 0, "test", 4)
     assert (tmp_path / "other/xray/0000.dcm").read_bytes() != (folder / "xray/0000.dcm").read_bytes()
+
+
+def test_the_number_of_cores_changes_no_byte(demo, tmp_path):
+    """An encoder of video with a thread a core would write other bytes."""
+    folder, _ = demo
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        write_sample(tmp_path, "endoscopy", 0, "test", 3)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert (tmp_path / "endoscopy/0000.avi").read_bytes() == (folder / "endoscopy/0000.avi").read_bytes()
