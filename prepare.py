@@ -24,6 +24,7 @@ The sections, in the order in which a file passes through them:
     command line         arguments, and main, which calls the others
 """
 import csv
+import gc
 import gzip
 import hashlib
 import hmac
@@ -1849,6 +1850,8 @@ def limit_process():
     Image.MAX_IMAGE_PIXELS = PIXELS // 2
     # The processes share the cores.
     torch.set_num_threads(1)
+    # imageio collects garbage after every video: 50 ms, unless what was imported is left out of it.
+    gc.freeze()
 
 
 def answer_to(task, item):

@@ -2,14 +2,19 @@
 
     pip install monai einops faiss-cpu        # the peers, needed here only; a missing one leaves its part out
     python tests/benchmark.py mae             # one of the rows below, or: all
+    python tests/benchmark.py step --before FOLDER     # the demo's steps beside those of an older checkout
 
 Ours and the peer take turns in one process, on inputs made here. What counts is their ratio, printed as the
 median of the rounds and their smallest and largest. A CPU works with one thread (but for all pairs) and CPU
 seconds are taken, which a busy neighbour stretches less than time on the wall. On a GPU blocks are compiled,
 networks run in bf16 under autocast, and the clock waits for the device. No test is timed.
+
+The row `step` runs train.py itself, in processes of one thread unless OMP_NUM_THREADS says otherwise. On an
+idle machine two show what a user gets; on a busy one they wait for each other many times longer.
 """
 import argparse
 import importlib
+import json
 import logging
 import math
 import os
@@ -21,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +35,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import embed, evaluate, mae, model, phantoms, prepare, simdino, train  # noqa: E401, E402
 
 GPU = torch.cuda.is_available()
@@ -44,18 +51,43 @@ def peer(name):
         return importlib.import_module(name)
     except ImportError:
         print(f"{name} is not installed: no comparison with it")
+        return None
 
 
-# ---- clocks -----------------------------------------------------------------------------------------------
+def machine():
+    """What this runs on: the processor with its widest instructions, the GPU, Python and torch."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = platform.machine()
+    for line in lines:
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        instructions += " and AMX"
+    gpu = f"{torch.cuda.get_device_name()}, " if GPU else ""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{gpu}{os.cpu_count()} cores of {name} ({instructions}), {versions}"
+
+
+# ---- clocks ------------------------------------------------------------------------------------------------
 def seconds(call, repeat=1):
     """Of one call: CPU seconds of this process, or on the wall until the GPU has finished."""
-    clock, wait = (time.perf_counter, torch.cuda.synchronize) if GPU else (time.process_time, lambda: None)
-    wait()
-    start = clock()
+    def now():
+        if GPU:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    start = now()
     for _ in range(repeat):
         call()
-    wait()
-    return (clock() - start) / repeat
+    return (now() - start) / repeat
+
+
+def cpu_of_children():
+    """CPU seconds of all processes started here that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def in_turn(calls, rounds=5, repeat=1):
@@ -81,8 +113,9 @@ def in_child(task):
     reader, writer = os.pipe()
     if os.fork() == 0:
         try:
-            answer, usage = task(), resource.getrusage(resource.RUSAGE_SELF)
-            os.write(writer, f"{answer} {usage.ru_maxrss / 2**10}".encode())
+            answer = task()
+            peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            os.write(writer, f"{answer} {peak_kib / 2**10}".encode())
         except BaseException:
             traceback.print_exc()
         os._exit(0)  # nothing of the parent's runs twice
@@ -93,15 +126,14 @@ def in_child(task):
     return tuple(map(float, answer)) or (math.nan, math.nan)
 
 
-# ---- training steps ---------------------------------------------------------------------------------------
+# ---- training steps ----------------------------------------------------------------------------------------
 def build(ssl, arch, local_views=simdino.LOCAL_VIEWS_2D):
     """A method as train.py makes it, compiled on a GPU, and its optimizer."""
     if ssl == "simdino":
         encoder = model.ViT(arch, cls_token=True, drop_path=train.DROP_PATH)
         method = simdino.SimDINO(encoder, local_views)
     else:
-        width = min(512, model.ARCHS[arch][0])
-        method = mae.MAE(model.ViT(arch), decoder_dim=width, decoder_heads=width // 32)
+        method = mae.MAE.for_encoder(model.ViT(arch))
     for block in method.modules():
         if GPU and isinstance(block, model.Block):
             block.compile(dynamic=False)
@@ -134,7 +166,9 @@ def flops(method, x):
     method.to("meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(method, simdino.SimDINO):
-            both, local = (torch.cat(views).to("meta") for views in (inputs[0][:2], inputs[0][2:]))
+            views = inputs[0]
+            both = torch.cat(views[:2]).to("meta")
+            local = torch.cat(views[2:]).to("meta")
             method.teacher(both)  # takes no gradient
             (method.student(both).sum() + method.student(local).sum()).backward()
         else:
@@ -144,12 +178,13 @@ def flops(method, x):
 
 def peak():
     """FLOP/s of a large matrix product in the number format of a step, the best of ten."""
-    n, dtype = (8192, torch.bfloat16) if GPU else (2048, torch.float32)
+    n = 8192 if GPU else 2048
+    dtype = torch.bfloat16 if GPU else torch.float32
     a = torch.randn(n, n, device=DEVICE, dtype=dtype)
     return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(10))
 
 
-# ---- rows: training ---------------------------------------------------------------------------------------
+# ---- rows: training ----------------------------------------------------------------------------------------
 def monai_step(x, arch, decoder_dim, fused):
     """A step on x of MONAI's masked autoencoder of the same sizes, with or without fused attention."""
     width, depth, heads = model.ARCHS[arch]
@@ -172,13 +207,15 @@ def monai_step(x, arch, decoder_dim, fused):
 
 def mae_row():
     """A MAE step beside MONAI's, as it comes and with its attention switched to the fused one."""
-    arch, width = ("vit_b", 512) if GPU else ("vit_t", 192)
+    arch = "vit_b" if GPU else "vit_t"
     for B, shape, rounds in ((4, SMALL_VOLUME, 5), (1, SAMPLES["volume"], 2)):
         x = torch.rand(B, *shape, device=DEVICE)
-        ours = build("mae", arch)
-        calls = {"ours": lambda: step(*ours, x)}
+        method, optimizer = build("mae", arch)
+        calls = {"ours": lambda: step(method, optimizer, x)}
         if peer("monai"):
-            calls |= {name: monai_step(x, arch, width, name != "MONAI") for name in ("MONAI", "MONAI fused")}
+            width = method.config["decoder_dim"]
+            calls["MONAI"] = monai_step(x, arch, width, fused=False)
+            calls["MONAI fused"] = monai_step(x, arch, width, fused=True)
         tokens = math.prod(shape) // math.prod(model.PATCH_SIZE)
         show(f"MAE step, {arch}, {tokens} tokens, batch {B}", in_turn(calls, rounds))
 
@@ -186,14 +223,66 @@ def mae_row():
 def simdino_row():
     """A SimDINO step beside a plain loop: one forward of each view, for the student and for the teacher."""
     for title, B, shape in (("image", 4, SAMPLES["image"]), ("volume of 512 tokens", 2, SMALL_VOLUME)):
-        x, (method, optimizer) = torch.rand(B, *shape, device=DEVICE), build("simdino", "vit_t")
+        x = torch.rand(B, *shape, device=DEVICE)
+        method, optimizer = build("simdino", "vit_t")
 
         def loop(views):
             with torch.no_grad():
                 teacher = torch.stack([method.teacher(view) for view in views[:2]])  # (2, B, d)
-            return simdino.simdino_loss(torch.stack([method.student(view) for view in views]), teacher)
+            student = torch.stack([method.student(view) for view in views])  # (V, B, d)
+            return simdino.simdino_loss(student, teacher)
+
         calls = {"ours": lambda: step(method, optimizer, x), "loop": lambda: step(method, optimizer, x, loop)}
         show(f"SimDINO step, vit_t, {title}, batch {B}", in_turn(calls))
+
+
+def run_training(checkout, ssl, cache, steps):
+    """Steps of the demo by the train.py of a checkout -> {modality: median seconds on the wall}, CPU seconds.
+
+    The loader and the number format that train.py chooses are in it. The wall seconds are those of its own
+    log, the CPU seconds those of the whole process.
+    """
+    threads = {"OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as out:
+        flags = ["--ssl", ssl, "--preset", "demo", "--data", cache, "--out", out, "--max-steps", str(steps)]
+        before = cpu_of_children()
+        command = [sys.executable, checkout / "train.py", *flags]
+        subprocess.run(command, env=threads | os.environ, check=True, capture_output=True)
+        cpu = cpu_of_children() - before
+        lines = Path(out, "log.jsonl").read_text().splitlines()
+
+    batch = train.PRESETS["demo"]["batch_size"]
+    taken = defaultdict(list)
+    for record in map(json.loads, lines):
+        taken[record["modality"]].append(batch / record["samples_per_s"])
+    return {modality: np.median(times) for modality, times in taken.items()}, cpu
+
+
+def step_row(before=None, steps=64, rounds=3):
+    """Whole training steps of the demo; with --before FOLDER beside those of another checkout."""
+    checkouts = {"ours": ROOT}
+    if before:
+        checkouts["before"] = before.absolute()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, prepare.__file__, "demo"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        cache = Path(folder, "cache/demo")
+        for ssl in ("mae", "simdino"):
+            wall = defaultdict(lambda: {name: [] for name in checkouts})  # {modality: {name: seconds}}
+            cpu = {name: [] for name in checkouts}
+            for _ in range(rounds):
+                for name, checkout in checkouts.items():
+                    _, start = run_training(checkout, ssl, cache, 1)  # what starting the program costs
+                    medians, whole = run_training(checkout, ssl, cache, steps)
+                    cpu[name].append((whole - start) / (steps - 1))
+                    for modality, median in medians.items():
+                        wall[modality][name].append(median)
+
+            for modality, times in wall.items():
+                times = {name: np.array(taken) for name, taken in times.items()}
+                show(f"{ssl} step of the demo, {modality}", times, "on the wall")
+            times = {name: np.array(taken) for name, taken in cpu.items()}
+            show(f"{ssl} step of the demo, mean of all", times, "CPU seconds")
 
 
 def monai_views(shape, antialias):
@@ -201,9 +290,12 @@ def monai_views(shape, antialias):
     make = peer("monai.transforms")
 
     def crop(low, high, size):
-        least, most = ([int(share**0.5 * n) for n in shape] for share in (low, high))
+        least = [int(low**0.5 * n) for n in shape]
+        most = [int(high**0.5 * n) for n in shape]
+        sides = [round(size * n) for n in shape]
         return [make.RandSpatialCrop(least, most, random_size=True),
-                make.Resize([round(size * n) for n in shape], mode="trilinear", anti_aliasing=antialias)]
+                make.Resize(sides, mode="trilinear", anti_aliasing=antialias)]
+
     both = [*crop(*simdino.GLOBAL_AREA, simdino.GLOBAL_SIZE), make.RandFlip(0.5, spatial_axis=1),
             make.RandShiftIntensity(simdino.SHIFT, prob=0.5)]
     first = [*both, make.RandGaussianSmooth(*[simdino.BLUR] * 3, prob=0.5)]
@@ -217,10 +309,12 @@ def views_row():
     x = torch.rand(1, *SAMPLES["volume"], device=DEVICE)
     calls = {"ours": lambda: simdino.make_views(x)}
     if peer("monai"):
-        plain, smooth = (monai_views(x.shape[2:], antialias) for antialias in (False, True))
-        calls |= {"MONAI": lambda: [view(x[0]) for view in plain],
-                  "MONAI antialiased": lambda: [view(x[0]) for view in smooth]}
+        plain = monai_views(x.shape[2:], antialias=False)
+        smooth = monai_views(x.shape[2:], antialias=True)
+        calls["MONAI"] = lambda: [view(x[0]) for view in plain]
+        calls["MONAI antialiased"] = lambda: [view(x[0]) for view in smooth]
     times = in_turn(calls, repeat=12)  # draws of what is random: MONAI blurs half of them, at great cost
+
     method, optimizer = build("simdino", "vit_t")
     whole = in_turn({"": lambda: step(method, optimizer, x)}, rounds=2)[""].min()
     share = np.median(times["ours"]) / whole
@@ -230,16 +324,43 @@ def views_row():
 def flops_row():
     """FLOPs of a step, and the share of the device's rate of matrix products that it reaches."""
     print(f"| matrix product | {peak() / 1e9:.0f} GFLOP/s")
+    B = 16 if GPU else 1
     for arch in ("vit_t", "vit_b"):
+        rounds = 1 if arch == "vit_b" and not GPU else 3
         for ssl in ("mae", "simdino"):
             for title, shape in SAMPLES.items():
-                B = 16 if GPU else 1
-                x, (method, optimizer) = torch.rand(B, *shape, device=DEVICE), build(ssl, arch)
-                rounds = 1 if arch == "vit_b" and not GPU else 3
+                x = torch.rand(B, *shape, device=DEVICE)
+                method, optimizer = build(ssl, arch)
                 taken = min(seconds(lambda: step(method, optimizer, x)) for _ in range(rounds))
-                rate, work = peak(), flops(method, x)
+                rate = peak()
+                work = flops(method, x)
                 print(f"| {arch} {ssl} {title}, batch {B} | {work / B / 1e12:.3f} TFLOP a sample | "
                       f"{taken:.2f} s | {work / taken / rate:.0%} of the rate", flush=True)
+
+
+def largest_batch(ssl, shape):
+    method, optimizer = build(ssl, "vit_b")
+    B = 1
+    used = math.nan
+    try:
+        while True:
+            step(method, optimizer, torch.rand(B, *shape, device=DEVICE))
+            used = torch.cuda.max_memory_allocated() / 2**30
+            B = 2 * B
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return f"vit_b: {B // 2} fit, with {used:.1f} GiB; {B} do not"
+
+
+def memory_of_one(ssl, shape):
+    def once(B):
+        method, _ = build(ssl, "vit_t")
+        inputs = method.make_inputs(torch.rand(B, *shape), torch.Generator().manual_seed(0))
+        return seconds(lambda: method(*inputs)[0].backward())
+
+    taken, one = in_child(lambda: once(1))
+    _, two = in_child(lambda: once(2))
+    return f"vit_t: {two - one:.0f} MiB a sample | {taken:.2f} s"
 
 
 def memory_row():
@@ -252,49 +373,36 @@ def memory_row():
                 print(f"| {ssl} volume of {title}, {label} | {found}", flush=True)
 
 
-def largest_batch(ssl, shape):
-    (method, optimizer), B, used = build(ssl, "vit_b"), 1, math.nan
-    try:
-        while True:
-            step(method, optimizer, torch.rand(B, *shape, device=DEVICE))
-            used, B = torch.cuda.max_memory_allocated() / 2**30, 2 * B
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-    return f"vit_b: {B // 2} fit, with {used:.1f} GiB; {B} do not"
+# ---- rows: search and files --------------------------------------------------------------------------------
+def all_pairs():
+    """Leave-one-out retrieval of the largest task -> seconds on the wall; prints those of the cores."""
+    torch.set_num_threads(os.cpu_count())
+    rng = np.random.default_rng(0)
+    ids = [str(i) for i in range(25687)]
+    vectors = rng.standard_normal((25687, 1536), np.float32)
+    labels = [(str(one), str(other)) for one, other in rng.integers(0, 18, (25687, 2))]
+    cpu = time.process_time()
+    wall = time.perf_counter()
+    evaluate.evaluate_retrieval(vectors, vectors, labels, labels, [(ids, ids)])
+    cpu = time.process_time() - cpu
+    print(f"| all pairs, 25,687 x 25,687 x 1,536 | {cpu:.1f} CPU s", end="", flush=True)
+    return time.perf_counter() - wall
 
 
-def memory_of_one(ssl, shape):
-    def once(B):
-        method, _ = build(ssl, "vit_t")
-        inputs = method.make_inputs(torch.rand(B, *shape), torch.Generator().manual_seed(0))
-        return seconds(lambda: method(*inputs)[0].backward())
-    (taken, one), (_, two) = (in_child(lambda: once(B)) for B in (1, 2))
-    return f"vit_t: {two - one:.0f} MiB a sample | {taken:.2f} s"
-
-
-# ---- rows: search and files -------------------------------------------------------------------------------
 def search_row():
     """embed.search beside FAISS's exact index; leave-one-out retrieval in the largest task, on all cores."""
-    queries, gallery = (torch.randn(n, 768, device=DEVICE) for n in (2000, 30000))
+    queries = torch.randn(2000, 768, device=DEVICE)
+    gallery = torch.randn(30000, 768, device=DEVICE)
     calls = {"ours": lambda: embed.search(queries, gallery, 10)}
-    if faiss := peer("faiss"):
+    faiss = peer("faiss")
+    if faiss:
         faiss.omp_set_num_threads(1)
-        q, g = (F.normalize(x, dim=1).cpu().numpy() for x in (queries, gallery))
+        asked = F.normalize(queries, dim=1).cpu().numpy()
         index = faiss.IndexFlatIP(768)
-        index.add(g)
-        calls["FAISS"] = lambda: index.search(q, 10)
+        index.add(F.normalize(gallery, dim=1).cpu().numpy())
+        calls["FAISS"] = lambda: index.search(asked, 10)
     show("search, 2,000 x 30,000 x 768, top 10", in_turn(calls))
 
-    def all_pairs():
-        torch.set_num_threads(os.cpu_count())
-        rng, ids = np.random.default_rng(0), list(map(str, range(25687)))
-        vectors = rng.standard_normal((25687, 1536), np.float32)
-        labels = [tuple(map(str, pair)) for pair in rng.integers(0, 18, (25687, 2))]
-        start, wall = time.process_time(), time.perf_counter()
-        evaluate.measure(vectors, vectors, labels, labels, [(ids, ids)])
-        cpu = time.process_time() - start
-        print(f"| evaluate.measure, 25,687 x 25,687 x 1,536 | {cpu:.1f} CPU s", end="", flush=True)
-        return time.perf_counter() - wall
     wall, most = in_child(all_pairs)
     print(f" | {wall:.1f} s on the wall, {os.cpu_count()} cores | peak {most:.0f} MiB")
 
@@ -311,11 +419,12 @@ def read_ours(path, kind):
 
 def read_monai(path, kind):
     """The same with MONAI's transforms -> (C, x, y, z)."""
-    make, volume = peer("monai.transforms"), kind != "image"
+    make = peer("monai.transforms")
     reader = {"image": "PILReader", "series": "PydicomReader", "nifti": "NibabelReader"}[kind]
     load = [make.LoadImage(image_only=True, reader=reader), make.EnsureChannelFirst()]
-    steps = [make.ScaleIntensityRange(0, 255, 0, 1, clip=True), make.Resize((256, 256))]
-    if volume:
+    if kind == "image":
+        steps = [make.ScaleIntensityRange(0, 255, 0, 1, clip=True), make.Resize((256, 256))]
+    else:
         steps = [make.Orientation("LPS", labels=None), make.ScaleIntensityRange(-1000, 1000, 0, 1, clip=True),
                  make.Resize((256, 256, 64))]
     return make.Compose([*load, *steps])(path)
@@ -323,8 +432,10 @@ def read_monai(path, kind):
 
 def write_files(folder):
     """A noisy ball in air as a DICOM series and as NIfTI, and noise as a PNG."""
-    rng, axis = np.random.default_rng(0), np.linspace(-1, 1, 512, dtype=np.float32)
-    plane, z = axis[:, None] ** 2 + axis**2, np.linspace(-1, 1, 300)  # (512, 512), (300,)
+    rng = np.random.default_rng(0)
+    axis = np.linspace(-1, 1, 512, dtype=np.float32)
+    z = np.linspace(-1, 1, 300)
+    plane = axis[:, None] ** 2 + axis**2  # (512, 512)
     ball = plane[..., None] + z**2 < 0.8  # (512, 512, 300)
     hu = (np.where(ball, 40, -1000) + rng.integers(-20, 20, ball.shape)).astype(np.int16)
     noise = rng.integers(0, 40, (1024, 1024)) + np.arange(1024) // 5
@@ -334,80 +445,101 @@ def write_files(folder):
     return 0
 
 
+def time_reader(read, path, repeat):
+    """CPU seconds of reading a file, once the imports and the first call are done."""
+    logging.disable()  # MONAI tells each time which decoders it lacks
+    kind = path.name.partition(".")[0]
+    read(path, kind)
+    return seconds(lambda: read(path, kind), repeat)
+
+
 def prepare_row():
     """From file to array of the cache beside MONAI's transforms, each reader in a process of its own."""
+    readers = {"ours": read_ours}
+    if peer("monai"):
+        readers["MONAI"] = read_monai
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         in_child(lambda: write_files(folder))  # whose memory the readers' processes do not begin with
         for title, name, repeat in (("PNG 1024 x 1024", "image.png", 20),
                                     ("300 DICOM slices 512 x 512", "series", 1),
                                     ("NIfTI .nii.gz 512 x 512 x 300", "nifti.nii.gz", 1)):
-            def take(read):
-                logging.disable()  # MONAI tells each time which decoders it lacks
-                kind = name.partition(".")[0]
-                read(folder / name, kind)  # imports and first calls are not the file's
-                start = time.process_time()
-                for _ in range(repeat):
-                    read(folder / name, kind)
-                return (time.process_time() - start) / repeat
-            readers = {"ours": read_ours} | ({"MONAI": read_monai} if peer("monai") else {})
-            rounds = [[in_child(lambda: take(read)) for read in readers.values()] for _ in range(3)]
-            found = np.array(rounds)  # (3 rounds, readers, 2)
-            peaks = ", ".join(f"{who} {most:.0f}" for who, most in zip(readers, found[..., 1].max(axis=0)))
-            show(title, dict(zip(readers, found[..., 0].T)), f"peak MiB: {peaks}")
+            times = {who: [] for who in readers}
+            peaks = {who: 0 for who in readers}  # MiB
+            for _ in range(3):
+                for who, read in readers.items():
+                    taken, most = in_child(lambda: time_reader(read, folder / name, repeat))
+                    times[who].append(taken)
+                    peaks[who] = max(peaks[who], most)
+            note = ", ".join(f"{who} {most:.0f}" for who, most in peaks.items())
+            show(title, {who: np.array(taken) for who, taken in times.items()}, f"peak MiB: {note}")
 
 
 def fit(title, sizes, costs):
     """Print the exponent p of costs ~ sizes^p, by least squares of the logarithms."""
     p = np.polyfit(np.log(sizes), np.log(costs), 1)[0]
-    sizes, costs = ", ".join(map(str, sizes)), ", ".join(f"{cost:.3g}" for cost in costs)
+    sizes = ", ".join(map(str, sizes))
+    costs = ", ".join(f"{cost:.3g}" for cost in costs)
     print(f"| {title} {sizes} | {costs} s | exponent {p:.2f}", flush=True)
+
+
+def cost_of_preparing(n):
+    """CPU seconds of prepare.py on n small PNG files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(n):
+            noise = np.random.default_rng(i).integers(0, 256, (128, 128), dtype=np.uint8)
+            Image.fromarray(noise).save(f"{folder}/{i}.png")
+        flags = f"{folder} --modality xray --size 64 --workers 1 --out {folder}/cache".split()
+        before = cpu_of_children()
+        subprocess.run([sys.executable, prepare.__file__, "folder", *flags], check=True, capture_output=True)
+        return cpu_of_children() - before
 
 
 def scaling_row():
     """How cost grows: a step with its tokens, search with the gallery, prepare with the files."""
     def best(call):
         return in_turn({"": call}, rounds=3)[""].min()
+
     for ssl in ("mae", "simdino"):
-        (method, optimizer), depths = build(ssl, "vit_t"), (8, 16, 32, 64)
-        x = [torch.rand(1, 1, 128, 128, S, device=DEVICE) for S in depths]
-        costs = [best(lambda: step(method, optimizer, part)) for part in x]
-        fit(f"{ssl} step, vit_t, tokens", [16 * S for S in depths], costs)
-    queries, gallery = (torch.randn(n, 256, device=DEVICE) for n in (500, 80_000))
+        method, optimizer = build(ssl, "vit_t")
+        tokens, costs = [], []
+        for depth in (8, 16, 32, 64):
+            x = torch.rand(1, 1, 128, 128, depth, device=DEVICE)
+            tokens.append(16 * depth)
+            costs.append(best(lambda: step(method, optimizer, x)))
+        fit(f"{ssl} step, vit_t, tokens", tokens, costs)
+
+    queries = torch.randn(500, 256, device=DEVICE)
+    gallery = torch.randn(80_000, 256, device=DEVICE)
     sizes = (10_000, 20_000, 40_000, 80_000)
     fit("search, candidates", sizes, [best(lambda: embed.search(queries, gallery[:n], 10)) for n in sizes])
-    files, costs = (1, 200, 400, 800, 1600), []  # one file costs what starting the program does
-    for n in files:
-        with tempfile.TemporaryDirectory() as folder:
-            for i in range(n):
-                noise = np.random.default_rng(i).integers(0, 256, (128, 128), dtype=np.uint8)
-                Image.fromarray(noise).save(f"{folder}/{i}.png")
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            flags = f"{folder} --modality xray --size 64 --workers 1 --out {folder}/cache".split()
-            command = [sys.executable, prepare.__file__, "folder", *flags]
-            subprocess.run(command, check=True, capture_output=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            costs.append(sum(after[:2]) - sum(before[:2]))
-    fit("prepare, PNG files", files[1:], np.array(costs[1:]) - costs[0])
+
+    start = cost_of_preparing(1)  # what starting the program costs
+    sizes = (200, 400, 800, 1600)
+    fit("prepare, PNG files", sizes, [cost_of_preparing(n) - start for n in sizes])
 
 
 ROWS = {row.__name__.removesuffix("_row"): row for row in (
-    mae_row, simdino_row, views_row, search_row, prepare_row, flops_row, scaling_row, memory_row)}
+    step_row, mae_row, simdino_row, views_row, search_row, prepare_row, flops_row, scaling_row, memory_row)}
 
 
 def main():
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("row", choices=[*ROWS, "all"])
-    chosen = parser.parse_args().row
+    parser.add_argument("--before", type=Path, help="step: folder of another checkout of this repository")
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # as train.py: one static graph for each shape
-    device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
-    print(f"{device}, Python {platform.python_version()}, torch {torch.__version__}")
-    for name in ROWS if chosen == "all" else [chosen]:
+
+    print(machine())
+    for name in ROWS if args.row == "all" else [args.row]:
         print(f"\n{name}: {ROWS[name].__doc__}", flush=True)
-        ROWS[name]()
+        if name == "step":
+            step_row(args.before)
+        else:
+            ROWS[name]()
 
 
 if __name__ == "__main__":

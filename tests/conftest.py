@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository root on the path, one thread, and small caches made without any file reader."""
+"""Shared by all tests: the repository on the path, one thread, makers of small files and of small caches."""
 import contextlib
 import csv
 import gzip
@@ -24,11 +24,12 @@ from tests import phantoms  # noqa: E402
 ROOT = Path(__file__).parents[1]
 SPOT = np.eye(9, dtype=np.uint8)  # a picture that is not blank
 WHEEL = Path(pydicom.__file__).parent / "data/test_files"
-SOP = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4", "CR": "1.2.840.10008.5.1.4.1.1.1",
-       "DX": "1.2.840.10008.5.1.4.1.1.1.1", "US": "1.2.840.10008.5.1.4.1.1.6.1", "USM": "1.2.840.10008.5.1.4.1.1.3.1"}
+SOP = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4",
+       "CR": "1.2.840.10008.5.1.4.1.1.1", "DX": "1.2.840.10008.5.1.4.1.1.1.1",
+       "US": "1.2.840.10008.5.1.4.1.1.6.1", "USM": "1.2.840.10008.5.1.4.1.1.3.1"}
 
 
-# ---- makers of small files ------------------------------------------------------------------------------------------
+# ---- makers of small files ----------------------------------------------------------------------
 def dicom(path, pixels, modality="CR", syntax=ExplicitVRLittleEndian, **tags):
     """A DICOM file of a patient whose name must never be seen anywhere."""
     secret = {"PatientName": "SECRETNAME^ANNA", "PatientID": "SECRETID77", "PatientBirthDate": "19610503",
@@ -37,7 +38,7 @@ def dicom(path, pixels, modality="CR", syntax=ExplicitVRLittleEndian, **tags):
 
 
 def series(folder, hu, affine, slope=1.0, intercept=-1024.0, modality="CT", skip=(), uid="", **tags):
-    """Voxels (i, j, k) with a RAS+ affine as a DICOM series along k: shuffled names, misleading InstanceNumber."""
+    """Voxels (i, j, k) with a RAS+ affine as a DICOM series along k: shuffled names, wrong InstanceNumber."""
     lps, own = np.diag([-1, -1, 1, 1]) @ affine, generate_uid()
     names = np.random.default_rng(0).permutation(hu.shape[2])
     for k in range(hu.shape[2]):
@@ -46,9 +47,11 @@ def series(folder, hu, affine, slope=1.0, intercept=-1024.0, modality="CT", skip
         stored = np.round((hu[:, :, k].T - intercept) / slope).astype(np.int16)  # (rows = j, columns = i)
         place = lps @ [0, 0, k, 1]
         spacing = np.linalg.norm(lps[:3, :2], axis=0)
-        dicom(folder / f"IM{names[k]:04d}", stored, modality, RescaleSlope=str(slope), RescaleIntercept=str(intercept),
-              SeriesInstanceUID=uid or own, InstanceNumber=str(int(names[k])), PixelSpacing=[float(x) for x in spacing[::-1]],
-              ImageOrientationPatient=[*map(float, lps[:3, 0] / spacing[0]), *map(float, lps[:3, 1] / spacing[1])],
+        directions = np.concatenate([lps[:3, 0] / spacing[0], lps[:3, 1] / spacing[1]])
+        dicom(folder / f"IM{names[k]:04d}", stored, modality, SeriesInstanceUID=uid or own,
+              RescaleSlope=str(slope), RescaleIntercept=str(intercept), InstanceNumber=str(int(names[k])),
+              PixelSpacing=[float(x) for x in spacing[::-1]],
+              ImageOrientationPatient=[float(x) for x in directions],
               ImagePositionPatient=[float(f"{x:.6f}") for x in place[:3]], **tags)
     return folder
 
@@ -64,13 +67,14 @@ def nifti(path, voxels, affine, packed=True):
 def video(path, frames=20, size=(64, 48), codec="mjpeg"):
     """A clip whose grey level is its frame number times 10."""
     levels = np.arange(frames, dtype=np.uint8)[:, None, None, None] * 10 % 250
-    iio.imwrite(path, np.broadcast_to(levels, (frames, size[1], size[0], 3)), plugin="pyav", codec=codec, fps=25,
-                out_pixel_format="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    pictures = np.broadcast_to(levels, (frames, size[1], size[0], 3))
+    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    iio.imwrite(path, pictures, plugin="pyav", codec=codec, fps=25, out_pixel_format=pixel_format)
     return path
 
 
 def phantom(n=(24, 20, 16)):
-    """HU voxels (x, y, z), RAS+: x to the patient's right, y to the front, z to the head; a bright ball at each end."""
+    """HU voxels (x, y, z), RAS+: x to the patient's right, y to the front, z up; a ball at each end."""
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, k) for k in n), indexing="ij")
     hu = np.where(x ** 2 + y ** 2 + z ** 2 < 0.9, 0.0, -1000.0)
     for centre, value in (((0.6, 0, 0), 900), ((0, 0.6, 0), 600), ((0, 0, 0.6), 300)):
@@ -114,7 +118,7 @@ def load(row):
     return load_sample(row["folder"], row)
 
 
-# ---- caches without any reader ----------------------------------------------------------------------------------
+# ---- caches without any reader ------------------------------------------------------------------
 
 def write_cache(folder, shapes, per_shape=8, seed=0, split="train"):
     """A cache folder with random samples: shapes {modality: (C, H, W, S)}; returns the folder."""
@@ -126,7 +130,8 @@ def write_cache(folder, shapes, per_shape=8, seed=0, split="train"):
         for modality, shape in shapes.items():
             for i in range(per_shape):
                 name = f"{rng.integers(2**63):016x}"
-                table.writerow([name, modality, f"kind{i % 2}", f"p{i // 2}", split, "x".join(map(str, shape))])
+                sides = "x".join(map(str, shape))
+                table.writerow([name, modality, f"kind{i % 2}", f"p{i // 2}", split, sides])
                 np.save(folder / f"{name}.npy", rng.integers(0, 256, shape, dtype=np.uint8))
     return folder
 
@@ -134,4 +139,5 @@ def write_cache(folder, shapes, per_shape=8, seed=0, split="train"):
 @pytest.fixture
 def mixed_cache(tmp_path):
     """Eight images, eight videos and eight volumes of 32 pixels."""
-    return write_cache(tmp_path / "cache" / "mixed", {"xray": (1, 32, 32, 1), "endoscopy": (3, 32, 32, 16), "ct": (1, 32, 32, 8)})
+    shapes = {"xray": (1, 32, 32, 1), "endoscopy": (3, 32, 32, 16), "ct": (1, 32, 32, 8)}
+    return write_cache(tmp_path / "cache" / "mixed", shapes)
