@@ -1752,7 +1752,11 @@ def prune(options, samples, key):
     ids = set()
     for sample in samples:
         ids.update(possible_ids(sample, key, options.own_files).values())
-    orphans = sorted(path for path in options.folder.glob("*.npy") if path.stem not in ids)
+    orphans = []
+    for path in sorted(options.folder.glob("*.npy")):
+        is_ours = re.fullmatch("[0-9a-f]{16}", path.stem)
+        if is_ours and path.stem not in ids:
+            orphans.append(path)
     if not orphans:
         return
 
@@ -1790,6 +1794,7 @@ def main():
     cache_key = key_of_cache(key, options.name, options.own_files)
     samples = name_samples(found, options, cache_key)
 
+    # The recipe is there before the first array, whenever a run is killed.
     with atomic_write(options.folder / "recipe.json") as file:
         file.write(json.dumps(recipe).encode())
     part = samples[options.part]
