@@ -566,7 +566,7 @@ def find_in_folder(source, files, options):
 
 # ---- public data sets, as published --------------------------------------------------------------
 def read_tables(folder, files, pattern, columns=None, needed=True):
-    """Rows of all tables below `folder` whose name matches; UserError if a needed one is missing."""
+    """Rows of all tables below `folder` of such a name; UserError if a needed one is missing."""
     rows = []
     for path in files:
         if re.fullmatch(pattern, os.path.basename(path)):
@@ -1427,7 +1427,7 @@ def read_last_tables(folder):
 
 
 def load_sample(folder, row, **options):
-    """The array (C, H, W, S), uint8 or float16, of a row of read_samples; UserError if it is none."""
+    """The array (C, H, W, S), uint8 or float16, of a row of read_samples; else a UserError."""
     path = Path(folder, f"{row['id']}.npy")
     message = f"{path}: not the array of samples.csv; delete it and run prepare.py again"
     try:
@@ -1553,7 +1553,7 @@ def make_parser():
 
 
 def parse_arguments():
-    """The command line, and what follows from it: own_files, folder of the cache, part (a slice)."""
+    """The command line, and what follows from it: own_files, folder, part (a slice)."""
     parser = make_parser()
     options = parser.parse_args()
     demo = options.dataset == "demo"
