@@ -790,7 +790,7 @@ def find_in_folder(source, files, options):
 
 # ---- public data sets, as published --------------------------------------------------------------
 def read_tables(folder, files, pattern, columns=None, needed=True):
-    """Rows of all tables below `folder` whose name matches; UserError if a needed one is missing."""
+    """Rows of all tables below `folder` of such a name; UserError if a needed one is missing."""
     rows = []
     for path in files:
         if re.fullmatch(pattern, os.path.basename(path)):
@@ -2148,7 +2148,7 @@ def read_last_tables(folder):
 
 
 def load_sample(folder, row, **options):
-    """The array (C, H, W, S), uint8 or float16, of a row of read_samples; UserError if it is none."""
+    """The array (C, H, W, S), uint8 or float16, of a row of read_samples; else a UserError."""
     path = Path(folder, f"{row['id']}.npy")
     message = f"{path}: not the array of samples.csv; delete it and run prepare.py again"
     try:
@@ -2274,7 +2274,7 @@ def make_parser():
 
 
 def parse_arguments():
-    """The command line, and what follows from it: own_files, folder of the cache, part (a slice)."""
+    """The command line, and what follows from it: own_files, folder, part (a slice)."""
     parser = make_parser()
     options = parser.parse_args()
     demo = options.dataset == "demo"
@@ -2473,7 +2473,11 @@ def prune(options, samples, key):
     ids = set()
     for sample in samples:
         ids.update(possible_ids(sample, key, options.own_files).values())
-    orphans = sorted(path for path in options.folder.glob("*.npy") if path.stem not in ids)
+    orphans = []
+    for path in sorted(options.folder.glob("*.npy")):
+        is_ours = re.fullmatch("[0-9a-f]{16}", path.stem)
+        if is_ours and path.stem not in ids:
+            orphans.append(path)
     if not orphans:
         return
 
@@ -2511,6 +2515,7 @@ def main():
     cache_key = key_of_cache(key, options.name, options.own_files)
     samples = name_samples(found, options, cache_key)
 
+    # The recipe is there before the first array, whenever a run is killed.
     with atomic_write(options.folder / "recipe.json") as file:
         file.write(json.dumps(recipe).encode())
     part = samples[options.part]
