@@ -208,16 +208,16 @@ def atomic_write(path, mode=0o666):
 # Coarse parts of the body, by the defined terms of BodyPartExamined (PS3.16 annex L) and the short
 # forms that people write.
 BODY_PARTS = {
-    "head": ("HEAD", "BRAIN", "SKULL", "FACE", "ORBIT", "JAW", "MAXILLA", "NOSE", "EAR", "EYE", "IAC",
-             "TMJ", "CEREBELLUM", "CIRCLEOFWILLIS", "SINUS"),
+    "head": ("HEAD", "BRAIN", "SKULL", "FACE", "ORBIT", "JAW", "MAXILLA", "NOSE", "EAR", "EYE",
+             "IAC", "TMJ", "CEREBELLUM", "CIRCLEOFWILLIS", "SINUS"),
     "neck": ("NECK", "LARYNX", "PHARYNX", "THYROID", "CAROTID", "PAROTID"),
     "chest": ("CHEST", "LUNG", "MEDIASTINUM", "BRONCHUS", "TRACHEA", "RIB", "STERNUM", "ESOPHAGUS",
               "THORAX", "CHES", "CHST", "CXR", "CAP", "TAP"),
     "heart": ("HEART", "CORONARYARTERY", "AORTA", "CARDIAC"),
     "breast": ("BREAST",),
-    "abdomen": ("ABDOMEN", "LIVER", "KIDNEY", "PANCREAS", "SPLEEN", "STOMACH", "COLON", "GALLBLADDER",
-                "ADRENAL", "BILEDUCT", "DUODENUM", "JEJUNUM", "ILEUM", "ABD", "ABDO", "AB", "KUB",
-                "CAP", "TAP"),
+    "abdomen": ("ABDOMEN", "LIVER", "KIDNEY", "PANCREAS", "SPLEEN", "STOMACH", "COLON",
+                "GALLBLADDER", "ADRENAL", "BILEDUCT", "DUODENUM", "JEJUNUM", "ILEUM", "ABD",
+                "ABDO", "AB", "KUB", "CAP", "TAP"),
     "pelvis": ("PELVIS", "BLADDER", "PROSTATE", "RECTUM", "UTERUS", "OVARY", "CERVIX", "SCROTUM",
                "ILIUM", "COCCYX", "PELV", "PEL", "CAP", "TAP"),
     "spine": ("SPINE", "BACK"),
@@ -238,8 +238,8 @@ BODY_PARTS = {
     "foot": ("FOOT", "TOE", "CALCANEUS"),
 }
 # Words that may stand beside these and name no part.
-FILLER_WORDS = ("AND", "TO", "AP", "PA", "LAT", "LATERAL", "LEFT", "RIGHT", "PORT", "PORTABLE", "CT", "MR",
-                "XR", "CTA", "WITHOUT", "WITH", "CONTRAST")
+FILLER_WORDS = ("AND", "TO", "AP", "PA", "LAT", "LATERAL", "LEFT", "RIGHT", "PORT", "PORTABLE",
+                "CT", "MR", "XR", "CTA", "WITHOUT", "WITH", "CONTRAST")
 PARTS_OF_WORD = {word: [] for word in FILLER_WORDS}  # {word: parts}
 for part, words in BODY_PARTS.items():
     for word in words:
@@ -290,6 +290,7 @@ def split_words(text):
 def body_parts(*texts):
     """Coarse parts named by the first of the texts that consists of known words only."""
     for text in texts:
+        # Words may be joined or apart, by whatever sign.
         letters = re.sub("[^A-Z0-9]+", "", str(text or "").upper())  # CHEST/ABD as CHESTABD
         parts = []
         for word in split_words(letters[:64]) or []:
@@ -311,10 +312,12 @@ def open_dicom(path, notes, **options):
     ds = pydicom.dcmread(path, force=not has_preamble, **options)
     if not has_preamble and "TransferSyntaxUID" not in ds.file_meta:
         is_implicit, _ = ds.original_encoding
-        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+        syntax = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+        ds.file_meta.TransferSyntaxUID = syntax
 
+    # Where nothing is said, these modalities often have text in the picture.
     burned_in = ds.get("BurnedInAnnotation")
-    if not burned_in:  # where nothing is said, these modalities often have text in the picture
+    if not burned_in:
         burned_in = "YES" if ds.get("Modality") in ("US", "SC", "XA", "ES") else "NO"
     if burned_in != "NO":
         notes.add(BURNED_IN)
@@ -322,9 +325,10 @@ def open_dicom(path, notes, **options):
 
 
 def per_frame(ds, frame, tag, default=None):
-    """A value of one frame: of its own functional groups, else of the shared ones, else of the data set.
+    """A value of one frame: of its own functional groups, else the shared ones, else the file's.
 
-    An enhanced file keeps them in sequences of sequences (PS3.3 C.7.6.16); empty values do not count.
+    An enhanced file keeps them in sequences of sequences (PS3.3 C.7.6.16). Empty values do not
+    count.
     """
     items = [*ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1],
              *ds.get("SharedFunctionalGroupsSequence", [])]
@@ -372,21 +376,24 @@ def read_header(source, path, modality, allow_2d):
     """
     ds = open_dicom(os.path.join(source, path), set(), stop_before_pixels=True)
     if not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"):
-        raise Rejected(f"no image ({pydicom.uid.UID(ds.get('SOPClassUID', '')).name})")
+        what = pydicom.uid.UID(ds.get("SOPClassUID", ""))
+        if what.name == what:  # the standard knows no such class
+            raise Rejected("no image", what)
+        raise Rejected(f"no image ({what.name})")
     if not ds.get("BitsStored"):
-        raise Rejected("no BitsStored: its pixels are floating-point numbers, or its header is damaged")
+        raise Rejected("no BitsStored: floating-point pixels, or a damaged header")
     if ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1:
         raise Rejected("HighBit is not BitsStored - 1")
 
     modality = modality or DICOM_MODALITIES.get(str(ds.get("Modality")), "")
-    parts = body_parts(ds.get("BodyPartExamined"), ds.get("ProtocolName"), ds.get("SeriesDescription"),
-                       ds.get("StudyDescription"))
+    parts = body_parts(ds.get("BodyPartExamined"), ds.get("ProtocolName"),
+                       ds.get("SeriesDescription"), ds.get("StudyDescription"))
     patient = str(ds.get("PatientID") or "")
     sample = Sample([path], "dicom", modality, parts, patient)
     if modality not in VOLUMES:
         return sample
 
-    # CT and MR are slices of a volume, but for these.
+    # Files of CT and MR are slices of a volume, but for scouts and colour maps.
     series = str(ds.get("SeriesInstanceUID") or "")
     if re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))):
         raise Rejected("localizer")
@@ -405,7 +412,10 @@ def read_header(source, path, modality, allow_2d):
 
 
 def is_alike(one, other):
-    """True if two slices can be of one volume: of one size, direction and spacing, within tolerances."""
+    """True if two slices can be of one volume: of one size, direction and spacing.
+
+    Numbers are compared with tolerances: scanners and converters round them, slice by slice.
+    """
     if one.size != other.size:
         return False
     if len(one.direction) != len(other.direction) or len(one.spacing) != len(other.spacing):
@@ -428,6 +438,7 @@ def position_along_normal(one, direction):
 def group_by_place(slices):
     """Slices of one direction -> a list for each place, in order along the normal."""
     direction = slices[0].direction
+    # The number i tells slices of one position apart, which have no order.
     ordered = sorted((position_along_normal(one, direction), i) for i, one in enumerate(slices))
     places = []
     last = -np.inf  # mm
@@ -448,22 +459,25 @@ def sort_key(value):
 
 
 def pass_order(one):
-    """Of slices at one place the order of their passes where no tag has a value for a whole pass."""
+    """What slices of one place are sorted by where no tag has one value for a whole pass."""
     return one.number, [sort_key(value) for value in one.values], one.file, one.frame
 
 
 def choose_pass(places):
     """Slices at each place -> those of the first pass that covers all places.
 
-    A pass is told by a tag whose value its slices share, and by several such tags one after the other.
-    Where no tag tells passes apart, the n-th slice of each place is of the n-th pass, if all places have
-    as many. Slices of one place that differ in no tag may be copies: all stay, and read_series compares
-    their pixels. Rejected if no pass covers all places: a part of a body is no volume.
+    A pass is told by a tag whose value its slices share, or by several such tags one after the
+    other: 2 echoes x 3 phases are 6 passes. Where no tag tells passes apart, the n-th slice of each
+    place is of the n-th pass, if all places have as many. Slices of one place that differ in no tag
+    may be copies: all stay, and read_series compares their pixels.
+
+    Rejected if no pass covers all places: a part of a body is no volume.
     """
     if all(len(slices) == 1 for slices in places):
         return [slices[0] for slices in places]
 
-    largest = 0
+    # Of the values of a tag the first is taken whose slices are at all places.
+    largest = 0  # places that a pass covers
     for tag in range(len(ACQUISITION_TAGS)):
         values = {one.values[tag] for slices in places for one in slices}
         if len(values) == 1:
@@ -477,11 +491,13 @@ def choose_pass(places):
                 return choose_pass(part)
             largest = max(largest, covered)
 
+    # Every place has as many slices, each with values of its own.
     if len({len(slices) for slices in places}) == 1:
         return [min(slices, key=pass_order) for slices in places]
     for slices in places:
         if len({one.values for one in slices}) > 1:
-            raise Rejected(f"no pass covers the {len(places)} places of this series, the largest {largest}")
+            raise Rejected(f"no pass covers the {len(places)} places of this series, "
+                           f"the largest {largest}")
     return [one for slices in places for one in slices]
 
 
@@ -502,53 +518,68 @@ def choose_slices(slices):
     return choose_pass(places)
 
 
+def split_by_geometry(slices):
+    """Slices of one series -> lists of those that can be of one volume (see is_alike)."""
+    groups = []
+    for one in slices:
+        for group in groups:
+            if is_alike(one, group[0]):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return groups
+
+
+def make_volume(slices, header_of, key, allow_2d):
+    """Slices of one geometry -> samples, one volume if they make one, [(path, reason)] left out.
+
+    header_of: {file: its sample}. With allow_2d, files of one slice that make no volume are images.
+    """
+    files = list(dict.fromkeys(one.file for one in slices))
+    are_single = all(len(header_of[path].slices) == 1 for path in files)
+    try:
+        kept = choose_slices(slices)
+    except Rejected as error:
+        if are_single and allow_2d:
+            images = [replace(header_of[path], kind="dicom", key="", slices=[]) for path in files]
+            return images, []
+        hint = " (--allow-2d keeps each as an image)" if are_single else ""
+        return [], [(path, error.reason + hint) for path in files]
+
+    kept_files = sorted({one.file for one in kept})
+    volume = replace(header_of[kept_files[0]], files=kept_files, slices=kept, key=key)
+    return [volume], [(path, ANOTHER_PASS) for path in files if path not in kept_files]
+
+
 def group_series(samples, allow_2d):
-    """Samples of headers -> samples, of slices one a volume, and [(path, reason)] of files left out.
+    """Samples of headers -> samples, of slices one a volume, and [(path, reason)] left out.
 
     Slices of one series that differ in size, direction or spacing are several volumes.
     """
     found = []
-    stacks = {}  # {series: [slices of one volume, slices of another ...]}
+    slices_of = {}  # {series: slices}
     header_of = {}  # {file: its sample}
     for sample in sorted(samples, key=lambda sample: sample.files):
-        if sample.kind != "series":
+        if sample.kind == "series":
+            header_of[sample.files[0]] = sample
+            slices_of.setdefault(sample.key, []).extend(sample.slices)
+        else:
             found.append(sample)
-            continue
-        header_of[sample.files[0]] = sample
-        groups = stacks.setdefault(sample.key, [])
-        for one in sample.slices:
-            for group in groups:
-                if is_alike(one, group[0]):
-                    group.append(one)
-                    break
-            else:
-                groups.append([one])
 
     left_out = []
-    for series, groups in stacks.items():
-        for n, slices in enumerate(groups):
-            files = list(dict.fromkeys(one.file for one in slices))
-            are_single = all(len(header_of[path].slices) == 1 for path in files)
-            try:
-                kept = choose_slices(slices)
-            except Rejected as error:
-                if allow_2d and are_single:
-                    for path in files:
-                        found.append(replace(header_of[path], kind="dicom", key="", slices=[]))
-                else:
-                    hint = " (--allow-2d keeps each as an image)" if are_single else ""
-                    left_out += [(path, error.reason + hint) for path in files]
-                continue
-            kept_files = list(dict.fromkeys(one.file for one in sorted(kept, key=lambda one: one.file)))
-            found.append(replace(header_of[kept_files[0]], files=kept_files, slices=kept, key=f"{series} {n}"))
-            left_out += [(path, ANOTHER_PASS) for path in files if path not in kept_files]
+    for series, slices in slices_of.items():
+        for n, group in enumerate(split_by_geometry(slices)):
+            volumes, others = make_volume(group, header_of, f"{series} {n}", allow_2d)
+            found += volumes
+            left_out += others
 
-    # A file with frames of two directions can be in one volume and out of another.
+    # A file whose frames have two directions can be in one volume and out of another.
     used = {path for sample in found for path in sample.files}
     return found, [(path, reason) for path, reason in left_out if path not in used]
 
 
-# ---- find samples: which files make them, and (path, reason) of those left out -------------------
+# ---- find samples: which files make them, and why others are left out ----------------------------
 def is_cache(folder):
     """True if a folder is a cache that this program made."""
     recipe = os.path.join(folder, "recipe.json")
@@ -1036,7 +1067,7 @@ LEAST_LENGTH = 0.9
 
 
 def kind_of(path):
-    """image, video or nifti by the first bytes of a file, else by its name; "" if it may be DICOM."""
+    """image, video or nifti, by the first bytes, else by the name; "" if it may be DICOM."""
     with open(path, "rb") as file:
         head = file.read(352)
     if head[128:132] == b"DICM":
@@ -1056,7 +1087,7 @@ def is_deep(image):
 
 
 def deep_values(image, notes):
-    """A deep Pillow image -> (h, w) float32 values, white above black; not finite ones as the lowest."""
+    """A deep Pillow image -> (h, w) float32, white above black; lowest what is not finite."""
     tags = getattr(image, "tag_v2", {})
     pixels = np.asarray(ImageOps.exif_transpose(image))  # (h, w)
     is_unsigned = tags.get(SAMPLE_FORMAT, (1,))[0] == 1
@@ -1086,7 +1117,7 @@ def shallow_pixels(image):
 def choose_pages(image, count, seed, notes):
     """Numbers of the pages of an open image that are read: one, or `count` if it is a video.
 
-    Pages smaller than the largest are previews. A JPEG photo with more pages (MPO) has previews too.
+    Pages smaller than the largest are previews. So are the other pages of a JPEG photo (MPO).
     """
     areas = [page.width * page.height for page in ImageSequence.Iterator(image)]
     pages = [n for n, area in enumerate(areas) if area == max(areas)]
@@ -1100,7 +1131,8 @@ def read_image(paths, sample, count, seed):
     notes = set()
     planes = []
     deep = []  # numbers of the planes with more than 8 bits
-    # Pillow gets the file, not its name: it would map a file that it knows by name, and turn it wrongly.
+
+    # Pillow gets the file, not its name: a file that it knows by name it maps, and turns wrongly.
     with open(paths[0], "rb") as file:
         image = Image.open(file, formats=IMAGE_FORMATS)
         for page in choose_pages(image, count, seed, notes):
@@ -1112,10 +1144,11 @@ def read_image(paths, sample, count, seed):
                 planes.append(shallow_pixels(image))  # (h, w) or (h, w, 3)
         is_float = image.mode == "F"
 
+    # How many bits of deep pages are used is not told: percentiles say it, one stretch for all.
     if deep:
         values = np.stack([planes[n] for n in deep])  # (pages, h, w)
         already_scaled = is_float and 0 <= values.min() and values.max() <= 1
-        if not already_scaled:  # one stretch for all pages
+        if not already_scaled:
             values = normalize_percentiles(values)
         for n, plane in zip(deep, values):
             planes[n] = plane
@@ -1145,32 +1178,37 @@ def open_video(source):
 def measure_streams(source):
     """-> number of the longest video stream, and how many of its packets hold a frame.
 
-    Nothing is decoded. What the file declares is not asked: capture cards drop frames. Rejected if the
-    stream stops long before the end that the file declares.
+    Nothing is decoded. What the file declares is not asked, since capture cards drop frames.
+    Rejected if the stream stops long before the end that the file declares.
     """
     with open_video(source) as video:
         streams = video._container.streams.video
         packets = [0] * len(streams)
-        ends = [0] * len(streams)  # of the last packet, in units of the stream's time base
-        for packet in video._container.demux(video=0) if len(streams) == 1 else video._container.demux(*streams):
-            if packet.size:
-                n = streams.index(packet.stream)
-                packets[n] += 1
-                if packet.pts is not None:
-                    ends[n] = max(ends[n], packet.pts - (packet.stream.start_time or 0))
+        ends = [0] * len(streams)  # start of the last packet, in units of the stream's clock
+        for packet in video._container.demux(*streams):
+            if packet.size == 0:  # a dropped frame
+                continue
+            n = streams.index(packet.stream)
+            packets[n] += 1
+            if packet.pts is not None:
+                ends[n] = max(ends[n], packet.pts - (packet.stream.start_time or 0))
         longest = int(np.argmax(packets))
-        stream = streams[longest]
-        duration = stream.duration
-        if duration and packets[longest] > 1 and ends[longest] < LEAST_LENGTH * duration - duration / packets[longest]:
-            frames = round(packets[longest] * duration / max(ends[longest], 1))
-            raise Rejected(f"damaged, ends before frame {packets[longest]} of its {frames}")
-    return longest, packets[longest]
+        duration = streams[longest].duration
+
+    length = packets[longest]
+    if duration and length > 1:
+        one_frame = duration / length
+        if ends[longest] + one_frame < LEAST_LENGTH * duration:
+            declared = round(length * duration / max(ends[longest], 1))
+            raise Rejected(f"damaged, ends before frame {length} of its {declared}")
+    return longest, length
 
 
 def decode_frames(source, stream, wanted):
-    """Decode the wanted frames of a stream -> {number: (h, w, 3) uint8 as displayed}, frames seen, spacing.
+    """Decode the wanted frames of a stream -> {number: (h, w, 3) uint8}, frames seen, spacing.
 
-    Frames between them are decoded too, but not converted to RGB, which takes longer.
+    They are as displayed: turned, and of pixels that may not be square. Frames between them are
+    decoded too, but not converted to RGB, which takes longer.
     """
     frames = {}
     number = 0
@@ -1240,6 +1278,7 @@ def read_nifti(paths, sample, count, seed):
     if image.dataobj.offset + math.prod(shape) * kind.itemsize > len(data):
         raise Rejected("damaged, ends before its last voxel")
 
+    # Axes behind the third are volumes, of which the first is kept.
     notes = set()
     if len(shape) > 3 and shape[3] > 1:
         notes.add("4D NIfTI: first volume kept")
@@ -1252,7 +1291,7 @@ def read_nifti(paths, sample, count, seed):
 # ---- read one file: DICOM ------------------------------------------------------------------------
 # What a tag that is not as the standard wants it can raise.
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
-# For display a modality LUT of these is not applied (PS3.4 N.2.5): X-ray angiography and fluoroscopy.
+# X-ray angiography and fluoroscopy: for display their modality LUT is not applied (PS3.4 N.2.5).
 NO_MODALITY_LUT = ("1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.1.1",
                    "1.2.840.10008.5.1.4.1.1.12.2", "1.2.840.10008.5.1.4.1.1.12.2.1")
 # CHOICE: a window that leaves so few pixels between black and white is that of another image.
@@ -1270,9 +1309,10 @@ class Grey(NamedTuple):
 def padding_mask(ds, stored):
     """Where pixels are padding, bool like `stored` (PS3.3 C.7.5.1.1.2): one value, or a range.
 
-    The tag may have the sign that the pixels have not, so the bits are compared: -2000 is 63536 there.
+    The tag may have a sign where the pixels have none, so the bits are compared: 63536 is -2000.
     """
     bits = 8 * stored.itemsize
+    # A value that the pixels cannot have, with or without a sign, means nothing.
     ends = []
     for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
         for value in numbers_of(ds.get(tag))[:1]:
@@ -1294,13 +1334,16 @@ def rescale_of(ds, frame):
 
 
 def says_hounsfield(ds):
-    """True or False if the header says that values are HU, or that they are not; None if it says neither.
+    """True if the header says that values are HU, False if it says another unit, None if neither.
 
     Another RescaleType is another unit: MGML is iodine, for example (PS3.3 C.11.1.1.2).
     """
+    # US means unspecified.
     unit = str(per_frame(ds, 0, "RescaleType", "")).upper()
-    if unit not in ("", "US"):  # US: unspecified
+    if unit not in ("", "US"):
         return unit == "HU"
+
+    # Scanners store HU + 1024, so that air is zero.
     if rescale_of(ds, 0)[1] < 0:
         return True
     return None
@@ -1312,7 +1355,9 @@ def read_lut(item):
     Entries of 8 bits come in bytes or in words, whatever the descriptor says.
     """
     count, first, _ = (int(number) for number in item.LUTDescriptor)
-    count = count or 65536
+    count = count or 65536  # which two bytes cannot say
+
+    # Words come as numbers, or as the bytes of the file.
     data = item.LUTData
     if not isinstance(data, bytes):
         data = np.atleast_1d(data).astype("<u2").tobytes()
@@ -1331,7 +1376,8 @@ def look_up(values, first, entries):
 
 
 def apply_modality(ds, frame, stored, notes):
-    """Stored values -> float32 values in the unit of the file (PS3.3 C.11.1): by a LUT, or a line."""
+    """Stored values -> float32 values in the file's unit, by a LUT or a line (PS3.3 C.11.1)."""
+    # A LUT takes the place of slope and intercept.
     luts = ds.get("ModalityLUTSequence")
     if luts and ds.get("SOPClassUID") not in NO_MODALITY_LUT:
         try:
@@ -1360,13 +1406,17 @@ def apply_window(values, center, width, function):
 
 
 def apply_voi(ds, frame, values):
-    """Values -> float32 in [0, 1] by the file's VOI LUT or its first window (PS3.3 C.11.2); None without."""
+    """Values -> float32 in [0, 1] by the file's VOI LUT, else its first window (PS3.3 C.11.2).
+
+    None if it has neither. MALFORMED errors if what it has cannot be used.
+    """
     luts = per_frame(ds, frame, "VOILUTSequence")
     if luts:
         first, entries = read_lut(luts[0])
         shown = look_up(values, first, entries) - entries.min()
         return (shown / max(np.ptp(entries), 1)).astype(np.float32)
 
+    # Of several windows the first is meant for the first look.
     center = per_frame(ds, frame, "WindowCenter")
     width = per_frame(ds, frame, "WindowWidth")
     if center is None or width is None:
@@ -1402,11 +1452,12 @@ def windows_are_useful(frames):
 
 
 def display_values(ds, frames, modality, notes):
-    """Grey frames -> [(h, w) float32 in [0, 1]]: as displayed; all frames by one rule and one stretch.
+    """Grey frames -> [(h, w) float32 in [0, 1]] as displayed, all by one rule and one stretch.
 
-    CT by HU_RANGE if its values are HU, X-ray by the file's window, other images of 8 bits as they are,
-    the rest by percentiles.
+    CT by HU_RANGE if its values are HU, X-ray by the file's window, other images of 8 bits as they
+    are, the rest by percentiles.
     """
+    # CT of another unit is an image like others.
     valid = np.concatenate([frame.values[~frame.padding] for frame in frames])
     hounsfield = modality == "ct" and is_hounsfield(valid, says_hounsfield(ds))
     if modality == "ct" and not hounsfield:
@@ -1437,7 +1488,7 @@ def display_values(ds, frames, modality, notes):
 def read_colour(ds, stored):
     """A colour frame -> (h, w, 3) in [0, 1]."""
     if ds.PhotometricInterpretation == "PALETTE COLOR":
-        coloured = apply_color_lut(stored, ds)  # (h, w, 3), uint8 or uint16 by the depth of the palette
+        coloured = apply_color_lut(stored, ds)  # (h, w, 3), uint8 or uint16 as the palette is
         return coloured / np.float32(np.iinfo(coloured.dtype).max)
     return stored / np.float32((1 << ds.BitsStored) - 1)
 
@@ -1455,12 +1506,14 @@ def read_dicom(paths, sample, count, seed):
     """A DICOM file -> Frames: its one, or `count` of its frames."""
     notes = set()
     ds = open_dicom(paths[0], notes)
-    if "PixelData" in ds and ds.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4.10"):  # MPEG
+    is_mpeg = ds.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4.10")
+    if is_mpeg and "PixelData" in ds:
         fragments = list(pydicom.encaps.generate_fragments(ds.PixelData))
         stream = b"".join(fragments[1:])  # the first is a table of offsets
         video = read_video([stream], sample, count, seed)
         return video._replace(notes=(*video.notes, *notes))
 
+    # A file of one frame is an image, of more a video.
     frames = int(ds.get("NumberOfFrames") or 1)
     chosen = [0]
     if frames > 1:
@@ -1470,6 +1523,7 @@ def read_dicom(paths, sample, count, seed):
         if frame not in stored:
             stored[frame] = pixel_array(ds, index=frame)  # (h, w) or (h, w, 3)
 
+    # All grey frames are scaled together.
     is_colour = ds.PhotometricInterpretation == "PALETTE COLOR" or stored[chosen[0]].ndim == 3
     if is_colour:
         planes = [read_colour(ds, pixels) for pixels in stored.values()]
@@ -1477,7 +1531,8 @@ def read_dicom(paths, sample, count, seed):
         grey = [grey_frame(ds, frame, pixels, notes) for frame, pixels in stored.items()]
         planes = display_values(ds, grey, sample.modality, notes)
     shown = dict(zip(stored, planes))
-    return Frames([shown[frame] for frame in chosen], ds.BitsStored > 8, pixel_spacing(ds), tuple(notes))
+    planes = [shown[frame] for frame in chosen]
+    return Frames(planes, ds.BitsStored > 8, pixel_spacing(ds), tuple(notes))
 
 
 class Plane(NamedTuple):
@@ -1497,7 +1552,8 @@ def load_planes(path, slices, modality, notes):
         what = f"{Path(path).name}, {type(error).__name__} {error}"
         raise Rejected("a slice is damaged", what) from error
 
-    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct"  # HU never are
+    # MONOCHROME1 shows low values bright. HU are never exchanged.
+    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct"
     planes = []
     for one in slices:
         pixels = stored[one.frame]
@@ -1511,7 +1567,7 @@ def load_planes(path, slices, modality, notes):
 
 
 def drop_copies(planes, notes):
-    """Of planes at one place the first, if the others are the same; else Rejected: a wrong anatomy."""
+    """Of planes at one place the first. Rejected if the others differ: that is a wrong anatomy."""
     of_slice = {plane.header: plane for plane in planes}
     kept = []
     for place in group_by_place(list(of_slice)):
@@ -1528,6 +1584,7 @@ def fill_padding(planes):
     """Planes whose padding has the darkest value of the volume, so that it is background."""
     if not any(plane.padding.any() for plane in planes):
         return planes
+    # A slice may be padding from edge to edge: the background is that of all slices.
     valid = [plane.pixels[~plane.padding] for plane in planes if not plane.padding.all()]
     if not valid:
         return planes
@@ -1557,7 +1614,8 @@ def affine_of(slices):
     first = slices[0]
     last = slices[-1]
     between_rows, between_columns = first.spacing
-    step = np.subtract(last.position, first.position) / (len(slices) - 1)  # keeps the tilt of a gantry
+    # From the first slice to the last, so that the tilt of a gantry stays.
+    step = np.subtract(last.position, first.position) / (len(slices) - 1)
     affine = np.eye(4)
     affine[:3, 0] = np.array(first.direction[:3]) * between_columns  # along a row lie its columns
     affine[:3, 1] = np.array(first.direction[3:]) * between_rows
@@ -1569,6 +1627,7 @@ def affine_of(slices):
 def read_series(paths, sample, count, seed):
     """The slices of a volume, of any number of files -> Volume."""
     notes = set()
+    # Each file is read once, whatever slices of it are wanted.
     wanted = {}  # {file: slices}
     for one in sample.slices:
         wanted.setdefault(one.file, []).append(one)
@@ -1582,10 +1641,12 @@ def read_series(paths, sample, count, seed):
     planes = fill_padding(drop_copies(planes, notes))
     check_gaps([plane.header for plane in planes])
 
+    # Stored values stay as they are, but for PET and some MR, whose scale changes with the slice.
     pixels = [plane.pixels for plane in planes]
     slope, intercept = planes[0].scale
-    if len({plane.scale for plane in planes}) > 1:  # PET and some MR change it from slice to slice
-        pixels = [plane.pixels.astype(np.float32) * plane.scale[0] + plane.scale[1] for plane in planes]
+    if len({plane.scale for plane in planes}) > 1:
+        for n, plane in enumerate(planes):
+            pixels[n] = plane.pixels.astype(np.float32) * plane.scale[0] + plane.scale[1]
         slope, intercept = 1.0, 0.0
     voxels = np.stack(pixels).transpose(2, 1, 0)  # (columns, rows, slices)
     affine = affine_of([plane.header for plane in planes])
@@ -1620,7 +1681,7 @@ def normalize_percentiles(x, valid=None):
 
 
 def resize(x, size, spacing=(1.0, 1.0)):
-    """Planes (S, C, H, W) -> (S, C, h, w), antialiased: the longer side in mm becomes `size` (Sec. 3.4)."""
+    """Planes (S, C, H, W) -> (S, C, h, w), antialiased; the longer side in mm is `size` (3.4)."""
     height = x.shape[-2] * spacing[0]
     width = x.shape[-1] * spacing[1]
     scale = size / max(height, width)
@@ -1648,19 +1709,20 @@ def sample_frames(n, k, seed, notes):
 
 
 def to_channels(frame, colour):
-    """A frame (h, w) or (h, w, 3), uint8 or float32 in [0, 1] -> (3 if colour else 1, h, w) float32."""
+    """A frame (h, w[, 3]), uint8 or float32 in [0, 1] -> (3 if colour else 1, h, w) float32."""
     if frame.dtype == np.uint8:
         frame = frame.astype(np.float32) / 255
     if frame.ndim == 3 and not colour:
         frame = frame @ LUMA  # (h, w)
     if frame.ndim == 2:
         frame = frame[:, :, None]  # (h, w, 1)
-    x = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1), np.float32))  # (1 or 3, h, w)
+    frame = np.ascontiguousarray(frame.transpose(2, 0, 1), np.float32)  # (1 or 3, h, w)
+    x = torch.from_numpy(frame)
     return x.expand(3 if colour else 1, -1, -1)
 
 
 def frames_to_array(frames, colour, size, spacing):
-    """Frames (h, w[, 3]), float32 in [0, 1] or uint8 -> (3 if colour else 1, size, size, frames)."""
+    """Frames (h, w[, 3]), uint8 or float in [0, 1] -> (3 if colour else 1, size, size, frames)."""
     planes = []
     low, high = np.inf, -np.inf
     for frame in frames:
@@ -1674,8 +1736,9 @@ def frames_to_array(frames, colour, size, spacing):
 
 
 def orient(voxels, affine):
-    """Voxels (i, j, k) -> a view (S, H, W): S from the feet up, H to the back, W to the left; mm along each.
+    """Voxels (i, j, k) -> a view (S, H, W), and mm along S, H, W.
 
+    S runs from the feet up, H from front to back, W from the patient's right to the left.
     A single slice, of whatever direction, is an image (1, rows, columns) with the head up.
     """
     axes = nib.io_orientation(affine)  # along which axis of the body i, j, k run, and which way
@@ -1688,9 +1751,10 @@ def orient(voxels, affine):
     if 1 not in voxels.shape:
         return voxels, spacing
 
+    # The thin axis comes first. Rows of coronal and sagittal slices run along S, feet first.
     thin = voxels.shape.index(1)
     voxels = np.moveaxis(voxels, thin, 0)  # (1, rows, columns)
-    if thin > 0:  # coronal and sagittal: rows run along S
+    if thin > 0:
         voxels = voxels[:, ::-1]
     rows_mm, columns_mm = np.delete(spacing, thin)
     return voxels, np.array([spacing[thin], rows_mm, columns_mm])
@@ -1700,7 +1764,7 @@ def is_hounsfield(values, said):
     """True if CT values are HU: the header says so, or else some are as low as fat, lung or air.
 
     said: True or False by the header, None if it says nothing.
-    CHOICE: 0..1, 0..255 and HU + 1024 have nothing below zero; a crop of soft tissue without air has fat.
+    CHOICE: 0..1, 0..255 and HU + 1024 have nothing below zero; a tight crop without air has fat.
     """
     if said is not None:
         return said
@@ -1709,6 +1773,7 @@ def is_hounsfield(values, said):
 
 def is_mask(voxels):
     """True if voxels are a handful of whole numbers, as a mask of organs has them."""
+    # Most volumes show at a glance that they are none.
     some = np.unique(voxels[::4, ::4, ::4])
     if len(some) > MASK_VALUES:
         return False
@@ -1721,6 +1786,7 @@ def value_range(volume, modality, notes):
     everything = (-np.inf, np.inf)
     if modality != "ct":
         return everything
+    # The lowest and the highest value tell which unit it can be.
     voxels = volume.voxels
     if voxels.dtype.kind == "f":
         voxels = voxels[np.isfinite(voxels)]
@@ -1738,18 +1804,20 @@ def value_range(volume, modality, notes):
 
 
 def resampling_weights(n_in, n_out):
-    """(n_out, n_in) weights by which n_in slices become n_out, antialiased: plain interpolation skips some.
+    """(n_out, n_in) weights by which n_in slices become n_out, each row of sum one.
 
-    They are what F.interpolate makes of each slice alone, a row of zeros with a single one.
+    They are antialiased, since plain interpolation of 300 slices to 64 leaves out half of them.
+    F.interpolate gives them: it is shown each slice alone, a one among zeros.
     """
     alone = torch.eye(n_in)[None, None]  # (1, 1, n_in, n_in)
-    return F.interpolate(alone, (n_out, n_in), mode="bilinear", antialias=True)[0, 0]  # (n_out, n_in)
+    weights = F.interpolate(alone, (n_out, n_in), mode="bilinear", antialias=True)
+    return weights[0, 0]  # (n_out, n_in)
 
 
 def volume_to_array(volume, modality, size, slices, notes):
     """Volume -> (1, size, size, slices) in [0, 1], oriented as the file header says (Sec. 3.4).
 
-    HU are clipped to HU_RANGE before any averaging; other values are stretched by percentiles at the end.
+    HU are clipped to HU_RANGE before any averaging. Other values are stretched by percentiles.
     """
     low, high = value_range(volume, modality, notes)
     voxels, spacing = orient(volume.voxels, volume.affine)  # (S, H, W); mm along S, H, W
@@ -1762,7 +1830,8 @@ def volume_to_array(volume, modality, size, slices, notes):
     for weights in resampling_weights(len(voxels), slices):  # (S,)
         used = weights.nonzero()[:, 0]
         first, last = used[0].item(), used[-1].item()
-        x = torch.from_numpy(np.ascontiguousarray(voxels[first:last + 1], np.float32))  # (few, H, W)
+        few = np.ascontiguousarray(voxels[first:last + 1], np.float32)  # (few, H, W)
+        x = torch.from_numpy(few)
         x = x.mul_(volume.slope).add_(volume.intercept)
         if voxels.dtype.kind == "f" and not x.sum().isfinite():
             notes.add(NOT_FINITE)
