@@ -324,23 +324,33 @@ def open_dicom(path, notes, **options):
     return ds
 
 
-def per_frame(ds, frame, tag, default=None):
-    """A value of one frame: of its own functional groups, else the shared ones, else the file's.
+def functional_groups(ds, frame):
+    """What an enhanced file says of one frame, and of all: data sets, the frame's own first.
 
-    An enhanced file keeps them in sequences of sequences (PS3.3 C.7.6.16). Empty values do not
-    count.
+    It keeps them in sequences of sequences (PS3.3 C.7.6.16). Other files have none.
     """
     items = [*ds.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1],
              *ds.get("SharedFunctionalGroupsSequence", [])]
+    groups = []
     for item in items:
         for macro in item:
-            if macro.VR != "SQ":
-                continue
-            for group in macro.value:
-                if group.get(tag) not in (None, ""):
-                    return group.get(tag)
-    value = ds.get(tag)
-    return default if value in (None, "") else value
+            if macro.VR == "SQ":
+                groups += macro.value
+    return groups
+
+
+def first_value(datasets, tag, default=None):
+    """The value of a tag in the first data set that has one; empty values do not count."""
+    for ds in datasets:
+        value = ds.get(tag)
+        if value not in (None, ""):
+            return value
+    return default
+
+
+def per_frame(ds, frame, tag, default=None):
+    """A value of one frame: of its functional groups, else of the file."""
+    return first_value([*functional_groups(ds, frame), ds], tag, default)
 
 
 def numbers_of(value):
@@ -353,17 +363,18 @@ def numbers_of(value):
 
 def slice_of(ds, path, frame):
     """The header of one frame of a file as a Slice."""
+    places = [*functional_groups(ds, frame), ds]  # where its values can stand
     number = numbers_of(ds.get("InstanceNumber"))
     values = []
     for tag in ACQUISITION_TAGS:
-        values.append(str(per_frame(ds, frame, tag, "")))
+        values.append(str(first_value(places, tag, "")))
     return Slice(
         file=path,
         frame=frame,
         size=(int(ds.Rows), int(ds.Columns)),
-        direction=numbers_of(per_frame(ds, frame, "ImageOrientationPatient", ())),
-        spacing=numbers_of(per_frame(ds, frame, "PixelSpacing", ())),
-        position=numbers_of(per_frame(ds, frame, "ImagePositionPatient", ())),
+        direction=numbers_of(first_value(places, "ImageOrientationPatient", ())),
+        spacing=numbers_of(first_value(places, "PixelSpacing", ())),
+        position=numbers_of(first_value(places, "ImagePositionPatient", ())),
         number=int(number[0]) + frame if number else frame,
         values=tuple(values),
     )
@@ -1273,17 +1284,21 @@ def read_nifti(paths, sample, count, seed):
     kind = image.get_data_dtype()
     shape = image.shape  # (i, j[, k[, volumes[, 1 ...]]])
     is_usable = 2 <= len(shape) and min(shape) > 0 and all(n == 1 for n in shape[4:])
-    if not is_usable or kind.kind not in "iuf" or image.dataobj.offset < 348:
+    offset = int(image.dataobj.offset)  # of the voxels, behind the header
+    if not is_usable or kind.kind not in "iuf" or offset < 348:
         raise Rejected(f"voxels of shape {shape} and type {kind} cannot be used")
-    if image.dataobj.offset + math.prod(shape) * kind.itemsize > len(data):
+    if offset + math.prod(shape) * kind.itemsize > len(data):
         raise Rejected("damaged, ends before its last voxel")
 
-    # Axes behind the third are volumes, of which the first is kept.
+    # The bytes are taken as they are, without a copy. Axes behind the third count volumes.
     notes = set()
-    if len(shape) > 3 and shape[3] > 1:
+    voxels = np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape, order="F")
+    if voxels.ndim == 2:
+        voxels = voxels[:, :, None]  # (i, j, 1)
+    if voxels[0, 0, 0].size > 1:
         notes.add("4D NIfTI: first volume kept")
-    voxels = image.dataobj.get_unscaled()  # (i, j[, k[, volumes ...]])
-    voxels = voxels.reshape(*shape[:2], *shape[2:3] or (1,), -1)[..., 0]  # (i, j, k)
+    while voxels.ndim > 3:
+        voxels = voxels[..., 0]  # (i, j, k) at last
     return Volume(voxels, nifti_affine(image, notes), image.dataobj.slope, image.dataobj.inter,
                   notes=tuple(notes))
 
@@ -1458,10 +1473,14 @@ def display_values(ds, frames, modality, notes):
     are, the rest by percentiles.
     """
     # CT of another unit is an image like others.
-    valid = np.concatenate([frame.values[~frame.padding] for frame in frames])
-    hounsfield = modality == "ct" and is_hounsfield(valid, says_hounsfield(ds))
-    if modality == "ct" and not hounsfield:
-        notes.add(NOT_HU)
+    hounsfield = False
+    if modality == "ct":
+        valid = np.concatenate([frame.values[~frame.padding] for frame in frames])
+        hounsfield = says_hounsfield(ds)
+        if hounsfield is None:
+            hounsfield = valid.size > 0 and is_hounsfield(valid.min())
+        if not hounsfield:
+            notes.add(NOT_HU)
 
     full = np.float32((1 << ds.BitsStored) - 1)
     if hounsfield:
@@ -1726,9 +1745,10 @@ def frames_to_array(frames, colour, size, spacing):
     planes = []
     low, high = np.inf, -np.inf
     for frame in frames:
+        scale = 255 if frame.dtype == np.uint8 else 1
+        low = min(low, frame.min() / scale)
+        high = max(high, frame.max() / scale)
         x = to_channels(frame, colour)  # (C, h, w)
-        low = min(low, x.min().item())
-        high = max(high, x.max().item())
         planes.append(pad(resize(x[None], size, spacing), size))  # (C, size, size, 1)
     if low == high:
         raise Rejected("blank, one value only")
@@ -1760,21 +1780,18 @@ def orient(voxels, affine):
     return voxels, np.array([spacing[thin], rows_mm, columns_mm])
 
 
-def is_hounsfield(values, said):
-    """True if CT values are HU: the header says so, or else some are as low as fat, lung or air.
+def is_hounsfield(lowest):
+    """True if the lowest of CT values is one that only HU have: of fat, lung or air.
 
-    said: True or False by the header, None if it says nothing.
     CHOICE: 0..1, 0..255 and HU + 1024 have nothing below zero; a tight crop without air has fat.
     """
-    if said is not None:
-        return said
-    return values.size > 0 and bool(np.nanmin(values) < HU_EVIDENCE)
+    return lowest < HU_EVIDENCE
 
 
 def is_mask(voxels):
-    """True if voxels are a handful of whole numbers, as a mask of organs has them."""
+    """True if voxels (any shape) are a handful of whole numbers, as a mask of organs has them."""
     # Most volumes show at a glance that they are none.
-    some = np.unique(voxels[::4, ::4, ::4])
+    some = np.unique(voxels.reshape(-1, order="A")[::64])
     if len(some) > MASK_VALUES:
         return False
     values = np.unique(voxels)
@@ -1786,18 +1803,24 @@ def value_range(volume, modality, notes):
     everything = (-np.inf, np.inf)
     if modality != "ct":
         return everything
-    # The lowest and the highest value tell which unit it can be.
+    if volume.hounsfield:
+        return HU_RANGE
+    if volume.hounsfield is False:
+        notes.add(NOT_HU)
+        return everything
+
+    # The header does not say it. The lowest value tells.
     voxels = volume.voxels
     if voxels.dtype.kind == "f":
         voxels = voxels[np.isfinite(voxels)]
-    ends = np.array([])
-    if voxels.size:
-        ends = np.array([voxels.min(), voxels.max()], np.float64) * volume.slope + volume.intercept
-    if is_hounsfield(ends, volume.hounsfield):
-        return HU_RANGE
-    if ends.size == 0 or ends[0] == ends[1]:
+    if voxels.size == 0:
         raise Rejected(BLANK_VOLUME)
-    if volume.hounsfield is None and is_mask(volume.voxels):
+    lowest = voxels.min() if volume.slope > 0 else voxels.max()
+    if is_hounsfield(lowest * volume.slope + volume.intercept):
+        return HU_RANGE
+    if voxels.min() == voxels.max():
+        raise Rejected(BLANK_VOLUME)
+    if is_mask(voxels):
         raise Rejected("a mask: its voxels are a handful of whole numbers")
     notes.add(NOT_HU)
     return everything

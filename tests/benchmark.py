@@ -409,12 +409,13 @@ def search_row():
 
 def read_ours(path, kind):
     """One file or series through prepare's own readers -> (C, H, W, S)."""
-    files = sorted(map(str, path.iterdir())) if kind == "series" else [str(path)]
     if kind == "series":
-        for file in files:  # the pass over the headers that finds the series of a folder
-            prepare.read_header("", file, "", allow_2d=True)
-    job = prepare.Sample(files, kind, "xray" if kind == "image" else "ct", id="0" * 16)
-    return prepare.decode(job, "", 256, 64, 16)[0]
+        # The pass over the headers that finds the series of a folder is part of the work.
+        headers = [prepare.read_header("", str(file), "", allow_2d=True) for file in sorted(path.iterdir())]
+        sample = prepare.group_series(headers, allow_2d=True)[0][0]
+    else:
+        sample = prepare.Sample([str(path)], kind, "xray" if kind == "image" else "ct")
+    return prepare.decode(sample, "", 256, 64, 16)[0]
 
 
 def read_monai(path, kind):
