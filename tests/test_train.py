@@ -42,9 +42,9 @@ def flags(**changes):
 
 
 def groups_of(sizes, batches):
-    """Groups as Schedule makes them, numbered, their rows counted on from group to group."""
+    """Groups as make_groups makes them, numbered, their rows counted on from group to group."""
     starts = np.cumsum([0, *sizes])
-    return [(g, range(start, start + n), batch) for g, (start, n, batch) in enumerate(zip(starts, sizes, batches))]
+    return [train.Group(g, range(start, start + n), batch) for g, (start, n, batch) in enumerate(zip(starts, sizes, batches))]
 
 
 def test_every_sample_once_per_epoch_in_whole_batches():
