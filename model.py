@@ -257,8 +257,10 @@ def init_from_2d(encoder, path):
 
     The patch kernel is inflated over S and divided by ps: a replicated image gives the 2D network's tokens.
     CHOICE: positions, but for the CLS token's, and heads are left out; a missing CLS token starts at random.
+    Returns the ids, int64, of the samples that a network of ours was trained on; None if they are not known.
     """
     state = read_checkpoint(path)
+    seen_ids = state.get("ids") if state.get("ids_known", True) else None
     del state["sha256"]  # a plain state dict would have it among its weights
     with as_user_error(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
         for key in ("encoder", "teacher", "model", "state_dict"):  # where the families nest their weights
@@ -276,6 +278,7 @@ def init_from_2d(encoder, path):
         if encoder.cls_token is None:
             del state["cls_token"]
         encoder.load_state_dict(state)
+    return seen_ids
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------
