@@ -8,6 +8,7 @@ had never stopped. Writes to runs/NAME/: checkpoint.pt; log.jsonl, a line for ev
 was done twice, the later line counts); and DONE at the end. `fit` is the training loop.
 """
 import argparse
+import contextlib
 import fcntl
 import functools
 import json
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from mae import MAE
@@ -52,6 +53,7 @@ class Group(NamedTuple):
     """The samples of one modality and one shape: they can share a batch."""
 
     modality: str
+    shape: tuple  # (C, H, W, S)
     members: list  # row numbers
     size: int  # of a global batch
 
@@ -92,6 +94,11 @@ def plan_epoch(groups, seed, epoch):
     return [(groups[g].modality, batch) for _, g, batch in due]
 
 
+def flag_name(key):
+    """The flag as typed of a name in args: save_minutes -> --save-minutes."""
+    return "--" + key.replace("_", "-")
+
+
 def make_groups(rows, args, world=1, verbose=True):
     """Rows -> the groups that fill a global batch. UserError if a modality has none of them."""
     # The samples of a batch are stacked: they have one modality and one shape.
@@ -100,22 +107,38 @@ def make_groups(rows, args, world=1, verbose=True):
         by_shape[row["modality"], row["shape"]].append(number)
 
     groups = []
+    left_out = []
     for (modality, shape), members in by_shape.items():
         volume = sample_kind(shape) == "volume"
         per_process = args.batch_size_3d if volume else args.batch_size
         size = world * per_process  # CHOICE: Sec. 3.4 gives 16 and 32, which we read as per GPU
+        group = Group(modality, shape, members, size)
         if len(members) >= size:
-            groups.append(Group(modality, members, size))
-        elif verbose:
-            name = "x".join(map(str, shape))
-            print(f"left out: {len(members)} {modality} samples of shape {name}, "
-                  f"fewer than a global batch of {size}")
+            groups.append(group)
+        else:
+            left_out.append(group)
 
-    missing = {modality for modality, _ in by_shape} - {group.modality for group in groups}
-    if missing:
-        raise UserError(f"too few {' and '.join(sorted(missing))}: lower --batch-size-3d or "
-                        "--batch-size, or use --modalities")
+    # A small group beside a large one is left out, but never all that there is of a modality.
+    filled = {group.modality for group in groups}
+    for group in sorted(left_out, key=lambda group: len(group.members), reverse=True):
+        if group.modality not in filled:
+            raise UserError(too_few(group, world))
+        if verbose:
+            shape = "x".join(map(str, group.shape))
+            print(f"left out: {len(group.members)} {group.modality} samples of shape {shape}, "
+                  f"fewer than the {group.size} that a step takes")
     return groups
+
+
+def too_few(group, world):
+    """What is wrong with the largest group of a modality, and the flag that mends it."""
+    flag = "--batch-size-3d" if sample_kind(group.shape) == "volume" else "--batch-size"
+    found = len(group.members)
+    remedy = "leave it out with --modalities"
+    if found >= world:
+        remedy = f"{flag} {found // world}, or {remedy}"
+    return (f"{group.modality} has {found} samples of one shape, a step takes {group.size}: "
+            f"{remedy}")
 
 
 class Schedule:
@@ -157,25 +180,44 @@ def learning_rate(step, total, warmup, peak):
 
 
 # ---- data, method, optimizer --------------------------------------------------------------------
-def select_rows(folders, modalities, fraction):
+def read_caches(folders):
+    """Rows of all caches. UserError if two names are one cache: its samples would count twice."""
+    rows = []
+    names = {}
+    for folder in folders:
+        path = os.path.realpath(folder)
+        if path in names:
+            raise UserError(f"--data: {names[path]} and {folder} are one cache; name it once")
+        names[path] = folder
+        rows.extend(read_samples(folder))
+    return rows
+
+
+def select_rows(folders, modalities, fraction, verbose=True):
     """Rows of the caches that pretraining may see: of these modalities, never the test split.
 
+    An id is one sample. Where caches share it (RadGenome has volumes of CT-RATE), it is trained on
+    once, as the first of them has it, and not at all if it is of the test split in any of them.
     `fraction` of each modality is taken, the larger ones containing the smaller ones (Sec. 4.4).
-    UserError if nothing is left.
+    UserError if a cache or a modality is named twice, or if nothing is left.
     """
-    rows = []
-    for folder in folders:
-        rows.extend(read_samples(folder))
-
-    # A volume can be test in one cache (RadGenome) and train in another (CT-RATE): test counts.
+    if len(set(modalities)) < len(modalities):
+        raise UserError(f"--modalities {' '.join(modalities)}: name each of them once")
+    rows = read_caches(folders)
     test_ids = {row["id"] for row in rows if row["split"] == "test"}
-    rows = [row for row in rows if row["id"] not in test_ids]
+    rows = [row for row in rows if row["modality"] in modalities]
+    by_id = {}
+    for row in rows:
+        if row["id"] not in test_ids:
+            by_id.setdefault(row["id"], row)  # of the first cache that has it
+    if verbose:
+        report_rows(rows, test_ids, by_id)
 
     # Ids are hashes: sorted by them, samples are in random order, the same one in every run.
-    rows.sort(key=lambda row: (row["id"], row["folder"]))
+    ordered = sorted(by_id.values(), key=lambda row: row["id"])
     chosen = []
     for modality in modalities:
-        group = [row for row in rows if row["modality"] == modality]
+        group = [row for row in ordered if row["modality"] == modality]
         chosen.extend(group[:math.ceil(fraction * len(group))])
 
     if not chosen:
@@ -185,14 +227,35 @@ def select_rows(folders, modalities, fraction):
     return chosen
 
 
-def build_method(args, device):
-    """The method that the flags name, on the device; on a GPU its blocks are compiled."""
+def report_rows(rows, test_ids, by_id):
+    """Print which samples are kept out of training, and which of the others a task would query."""
+    kept_out = Counter(row["folder"] for row in rows if row["id"] in test_ids)
+    for folder, n in kept_out.items():
+        print(f"kept out of training: {n} samples of {folder}, of split test")
+
+    repeated = len(rows) - sum(kept_out.values()) - len(by_id)
+    if repeated:
+        print(f"trained on once: {repeated} samples that an earlier cache of --data has too")
+
+    unsplit = Counter(row["folder"] for row in by_id.values() if not row["split"])
+    for folder, n in unsplit.items():
+        print(f"note: {n} samples of {folder} have no split: they are trained on, and "
+              "evaluate.py --task cross_modal would query them")
+
+
+def build_method(args, device, init=None):
+    """The method that the flags name, on the device; on a GPU its blocks are compiled.
+
+    The encoder starts from the file `init`, if there is one. Returns the method, and the ids of the
+    samples that the network of the file was trained on: none (0,) without a file, None if unknown.
+    """
     torch.manual_seed(seed_of(args.seed, 0))  # of the untrained weights
     patch_size = (args.patch_size, args.patch_size, PATCH_SIZE[-1])
     simdino = args.ssl == "simdino"
     encoder = ViT(args.arch, patch_size, cls_token=simdino, drop_path=DROP_PATH if simdino else 0.0)
-    if args.init:
-        init_from_2d(encoder, args.init)
+    init_ids = torch.empty(0, dtype=torch.int64)
+    if init:
+        init_ids = init_from_2d(encoder, init)
 
     if simdino:
         method = SimDINO(encoder, args.local_views, args.gamma, args.momentum)
@@ -205,7 +268,7 @@ def build_method(args, device):
         for module in method.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
-    return method.to(device)
+    return method.to(device), init_ids
 
 
 def make_optimizer(method):
@@ -236,22 +299,27 @@ def set_rates(optimizer, method, lr, progress):
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
-def flag_name(key):
-    """The flag as typed of a name in args: save_minutes -> --save-minutes."""
-    return "--" + key.replace("_", "-")
-
-
-def describe_run(args, method, schedule):
+def describe_run(args, method, schedule, init_ids):
     """What a checkpoint says about its run, besides weights and steps: tensors and plain values."""
     flags = {key: value for key, value in vars(args).items() if key not in RESUME_MAY_CHANGE}
+    if args.init:
+        flags["init"] = "FILE"  # that there was one: it may have moved when the run resumes
+
     # Ids have 64 bits; they are kept as int64, since torch has little arithmetic for uint64.
     ids = torch.tensor([int(row["id"], 16) for row in schedule.rows], dtype=torch.uint64)
+    ids = ids.view(torch.int64)
+    if init_ids is not None:
+        ids = torch.cat([ids, init_ids]).unique()
     return {"ssl": args.ssl, "method": method.config, "world": schedule.world,
-            "total": schedule.total, "flags": json.dumps(flags), "ids": ids.view(torch.int64)}
+            "total": schedule.total, "flags": json.dumps(flags),
+            "ids": ids, "ids_known": init_ids is not None}
 
 
 def resume(path, run_info, method, optimizer, rank):
-    """Load a checkpoint into method and optimizer -> the number of steps that are done."""
+    """Load a checkpoint into method and optimizer -> the number of steps that are done.
+
+    The ids that it was trained on are added to those of run_info: this run goes on from them.
+    """
     state = read_checkpoint(path)
     with as_user_error(path, "is damaged or does not fit: choose another --out"):
         old_flags = json.loads(state["flags"])
@@ -266,13 +334,14 @@ def resume(path, run_info, method, optimizer, rank):
 
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        run_info["ids"] = torch.cat([state["ids"], run_info["ids"]]).unique()
+        run_info["ids_known"] = state.get("ids_known", True)
 
         # With other processes or data the run has another length; the same share of it is done.
         old_total = state["total"]
         new_total = run_info["total"]
         done = state["step"] * new_total // old_total
-        same_ids = torch.equal(state["ids"], run_info["ids"])
-        if rank == 0 and (state["world"] != run_info["world"] or not same_ids):
+        if rank == 0 and old_total != new_total:
             print(f"processes or data changed: step {state['step']} of {old_total} becomes "
                   f"step {done} of {new_total}")
     return done
@@ -304,10 +373,12 @@ def read_numbers(values):
 
 
 def catch_signals():
-    """A list that every SIGTERM, SIGUSR1 and Ctrl-C is added to, in place of ending the process."""
+    """A list that signals are added to, in place of ending the process."""
     signals = []
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, lambda number, frame: signals.append(number))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup asks for this
+        signal.signal(number, lambda number, frame: signals.append(number))
     return signals
 
 
@@ -316,10 +387,21 @@ def ignore_group_signals(worker):
     os.setpgrp()
 
 
+def make_batch(samples):
+    """Samples (C, H, W, S) -> (B, C, H, W, S), which a loader process puts into shared memory.
+
+    Done later, by the queue between them, a full /dev/shm would be an error that no one hears of.
+    """
+    batch = stack(samples)
+    if get_worker_info():
+        batch.share_memory_()
+    return batch
+
+
 def make_loader(args, schedule, start, stop, device):
     """This rank's batches of the steps start .. stop - 1, each (B, C, H, W, S) as cached."""
     rank_batches = (schedule.batch(step).own for step in range(start, stop))  # asked for in order
-    return DataLoader(CachedDataset(schedule.rows), batch_sampler=rank_batches, collate_fn=stack,
+    return DataLoader(CachedDataset(schedule.rows), batch_sampler=rank_batches, collate_fn=make_batch,
                       num_workers=args.workers, worker_init_fn=ignore_group_signals,
                       pin_memory=device.type == "cuda")
 
@@ -354,6 +436,21 @@ class Log:
             names = " ".join(self.schedule.rows[number]["id"] for number in numbers)
             raise UserError(f"step {step + 1}: {MAX_BAD_STEPS} non-finite steps in a row, {record} "
                             f"on {modality} samples {names}: look at these, or lower --lr")
+
+
+@contextlib.contextmanager
+def naming_the_remedy():
+    """Inside, what the machine lacks to load samples becomes one line with its remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip()
+        last = text.split("\n")[-1]
+        for symptom in ("is killed by signal", "exited unexpectedly", "shared memory"):
+            if symptom in text:
+                raise UserError(f"a loader process failed ({last}): free memory or /dev/shm, or "
+                                "lower --workers") from None
+        raise
 
 
 def fit(args, run_info, method, optimizer, schedule, start, device):
@@ -544,7 +641,7 @@ def main():
     rank, world, device = process
 
     # The samples and their order are known before the run folder is touched.
-    rows = select_rows(args.data, args.modalities, args.data_fraction)
+    rows = select_rows(args.data, args.modalities, args.data_fraction, verbose=rank == 0)
     schedule = Schedule(rows, args, rank, world)
     exists, lock = open_run(args.out, process)
     if rank == 0:
@@ -553,19 +650,20 @@ def main():
             print(f"training on {folder}: {n} {modality}")
 
     # The network as it starts, or as an earlier run left it, is trained.
-    method = build_method(args, device)
+    method, init_ids = build_method(args, device, init=None if exists else args.init)
     optimizer = make_optimizer(method)
-    run_info = describe_run(args, method, schedule)
+    run_info = describe_run(args, method, schedule, init_ids)
     start = 0
     if exists:
         start = resume(args.out / "checkpoint.pt", run_info, method, optimizer, rank)
-    done, skipped = fit(args, run_info, method, optimizer, schedule, start, device)
+    with naming_the_remedy():
+        done, skipped = fit(args, run_info, method, optimizer, schedule, start, device)
 
     if rank == 0:
         if done >= schedule.total:
             (args.out / "DONE").touch()  # what a loop that restarts a preempted run waits for
-        print(f"{args.out}: {done} of {schedule.total} steps done, "
-              f"{skipped} of these just skipped (NaN)")
+        what = f"{skipped} skipped (not finite)" if skipped else "none skipped"
+        print(f"{args.out}: {done} of {schedule.total} steps; {what}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -44,14 +44,14 @@ def flags(**changes):
 def groups_of(sizes, batches):
     """Groups as make_groups makes them, numbered, their rows counted on from group to group."""
     starts = np.cumsum([0, *sizes])
-    return [train.Group(g, range(start, start + n), batch) for g, (start, n, batch) in enumerate(zip(starts, sizes, batches))]
+    return [train.Group(g, None, range(start, start + n), batch) for g, (start, n, batch) in enumerate(zip(starts, sizes, batches))]
 
 
 def test_every_sample_once_per_epoch_in_whole_batches():
     groups = groups_of([103, 40, 17], [8, 4, 2])
     plan = plan_epoch(groups, seed=1, epoch=5)
     assert len(plan) == 12 + 10 + 8
-    for group, rows, batch in groups:
+    for group, _, rows, batch in groups:
         taken = [numbers for g, numbers in plan if g == group]
         assert all(len(numbers) == batch for numbers in taken) and set(np.concatenate(taken)) <= set(rows)
         assert len(set(np.concatenate(taken))) == len(rows) // batch * batch  # no repeats, only the rest is dropped
@@ -100,8 +100,17 @@ def test_a_group_smaller_than_a_batch_is_left_out_but_never_a_whole_modality(cap
         row["shape"] = (1, 64, 64, 1)
     schedule = Schedule(rows, flags())
     assert "3 xray samples of shape 1x64x64x1" in capsys.readouterr().out and schedule.per_epoch == 2
-    with pytest.raises(UserError, match="xray.* lower --batch-size"):
+    with pytest.raises(UserError, match="xray has 3 samples of one shape, a step takes 4: --batch-size 3, or"):
         Schedule(rows[:3], flags())
+
+
+def test_a_modality_too_small_for_a_step_is_told_the_batch_size_that_fits():
+    with pytest.raises(UserError, match="ultrasound has 18 samples of one shape, a step takes 48: --batch-size 18"):
+        Schedule(rows_of(xray=50, ultrasound=18), flags(batch_size=48))
+    with pytest.raises(UserError, match="ct has 3 samples of one shape, a step takes 4: --batch-size-3d 1, or"):
+        Schedule(rows_of(ct=3), flags(), world=2)
+    with pytest.raises(UserError, match="ct has 1 samples of one shape, a step takes 4: leave it out with --modalities"):
+        Schedule(rows_of(ct=1), flags(), world=2)
 
 
 def test_only_weight_matrices_decay():
@@ -150,6 +159,71 @@ def test_data_fractions_are_nested_and_test_split_and_mri_stay_out(tmp_path):
     assert len(select_rows([tmp_path / "b", tmp_path / "c"], ["ct"], 1.0)) == 20
 
 
+def test_a_cache_or_a_modality_named_twice_is_refused(tmp_path):
+    cache = write_cache(tmp_path / "a", {"xray": (1, 8, 8, 1)})
+    (tmp_path / "link").symlink_to(cache)
+    for other in (cache, tmp_path / "link", Path(f"{tmp_path}/./a/"), tmp_path / "link" / ".." / "a"):
+        with pytest.raises(UserError, match="one cache; name it once"):
+            select_rows([cache, other], ["xray"], 1.0)
+    with pytest.raises(UserError, match="--modalities xray xray"):
+        select_rows([cache], ["xray", "xray"], 1.0)
+
+
+def test_an_id_in_two_caches_is_trained_on_once_as_the_first_has_it(tmp_path, capsys):
+    b, a = (write_cache(tmp_path / name, {"xray": (1, 8, 8, 1)}, per_shape=5) for name in "ba")  # the same ids
+    rows = select_rows([b, a], ["xray"], 1.0)
+    assert len(rows) == len({row["id"] for row in rows}) == 5 and {row["folder"] for row in rows} == {str(b)}
+    assert "trained on once: 5 samples" in capsys.readouterr().out
+
+
+def test_an_id_of_split_test_in_any_cache_is_not_trained_on(tmp_path, capsys):
+    train_set = write_cache(tmp_path / "a", {"ct": (1, 8, 8, 4)}, per_shape=10)
+    test_set = write_cache(tmp_path / "b", {"ct": (1, 8, 8, 4)}, per_shape=4, split="test")
+    assert len(select_rows([train_set, test_set], ["ct"], 1.0)) == 6
+    told = capsys.readouterr().out
+    assert f"kept out of training: 4 samples of {train_set}" in told and f"4 samples of {test_set}" in told
+    assert "once" not in told and "note" not in told
+
+
+def test_an_archive_without_a_split_is_told_that_cross_modal_would_query_it(tmp_path, capsys):
+    unsplit = write_cache(tmp_path / "a", {"xray": (1, 8, 8, 1)}, per_shape=7, split="")
+    select_rows([unsplit], ["xray"], 1.0)
+    assert f"note: 7 samples of {unsplit} have no split" in (told := capsys.readouterr().out) and "cross_modal" in told
+    select_rows([unsplit], ["xray"], 1.0, verbose=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_loader_process_puts_batches_into_shared_memory(monkeypatch):
+    samples = [torch.zeros(1, 4, 4, 1)] * 2
+    assert not train.make_batch(samples).is_shared()
+    monkeypatch.setattr(train, "get_worker_info", lambda: "a worker")
+    assert train.make_batch(samples).is_shared()
+
+
+@pytest.mark.parametrize("text", ["unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+                                  "Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm).",
+                                  "DataLoader worker (pid 7) is killed by signal: Killed. ",
+                                  "DataLoader worker (pid(s) 7, 8) exited unexpectedly"])
+def test_a_lost_loader_process_is_one_line_with_the_remedy(text):
+    with pytest.raises(UserError, match="memory or /dev/shm, or lower --workers") as told, train.naming_the_remedy():
+        raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nTraceback:\n{text}")
+    assert text.strip() in str(told.value) and "\n" not in str(told.value)
+
+
+def test_other_errors_of_a_step_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), train.naming_the_remedy():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_a_hang_up_is_caught_unless_nohup_ignores_it(monkeypatch):
+    for before, handled in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        handlers = {}
+        monkeypatch.setattr(signal, "getsignal", lambda number: before)
+        monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+        train.catch_signals()
+        assert (signal.SIGHUP in handlers) is handled and {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} <= handlers.keys()
+
+
 # ------------------------------------------------------------------------------------------------------------- runs
 def command(cache, out, *more, ssl="mae", ranks=1):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
@@ -179,7 +253,7 @@ def train_here(*more):
 
 def in_process(words):
     """train.py in this process, as its last line runs it -> its return code and what it printed."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)}
     code = 0
     with (contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output,
           mock.patch.object(sys, "argv", words)):
@@ -261,7 +335,7 @@ def start_and_wait(cache, out, lines, *more, **options):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_to_the_whole_group_saves_too(mixed_cache, tmp_path, number):
     """As schedulers and Ctrl-C send it: to the loader processes as well, which must outlive it."""
     process = start_and_wait(mixed_cache, tmp_path / "run", 3, "--workers", "2")
@@ -316,6 +390,47 @@ def test_the_checkpoint_keeps_the_ids_it_was_trained_on(mixed_cache, tmp_path):
     assert {i % 2**64 for i in ids.tolist()} == {int(row["id"], 16) for row in rows} and len(rows) == 16
 
 
+def ids_of(*caches):
+    return {int(row["id"], 16) for cache in caches for row in train.read_samples(cache)}
+
+
+def seen(out):
+    return {i % 2**64 for i in state_of(out)["ids"].tolist()}
+
+
+def test_a_run_that_starts_from_another_has_seen_its_samples_too(tmp_path):
+    a, b, c = (write_cache(tmp_path / name, {"xray": (1, 32, 32, 1)}, seed=i) for i, name in enumerate("abc"))
+    run(a, tmp_path / "first", "--max-steps", "1")
+    start = ["--init", tmp_path / "first" / "checkpoint.pt"]
+    run(b, tmp_path / "second", "--max-steps", "1", *start)
+    assert seen(tmp_path / "second") == ids_of(a, b) and state_of(tmp_path / "second")["ids_known"] is True
+    shutil.rmtree(tmp_path / "first")  # what it started from is not needed any more
+    run(c, tmp_path / "second", "--max-steps", "2", *start)
+    assert seen(tmp_path / "second") == ids_of(a, b, c) and state_of(tmp_path / "second")["step"] == 2
+    forgotten = run(c, tmp_path / "second", check=False)
+    assert forgotten.returncode == 1 and "--init" in forgotten.stderr
+
+
+def test_what_a_foreign_network_has_seen_is_not_known(mixed_cache, tmp_path):
+    state = {name: value for name, value in ViT("vit_t", cls_token=False).state_dict().items()}
+    torch.save(state, tmp_path / "foreign.pt")
+    run(mixed_cache, tmp_path / "run", "--max-steps", "1", "--init", tmp_path / "foreign.pt")
+    assert state_of(tmp_path / "run")["ids_known"] is False and seen(tmp_path / "run") == ids_of(mixed_cache)
+    run(mixed_cache, tmp_path / "run", "--max-steps", "2", "--init", tmp_path / "foreign.pt")
+    assert state_of(tmp_path / "run")["ids_known"] is False
+    run(mixed_cache, tmp_path / "next", "--max-steps", "1", "--init", tmp_path / "run" / "checkpoint.pt")
+    assert state_of(tmp_path / "next")["ids_known"] is False
+
+
+def test_a_killed_loader_process_ends_the_run_with_one_line(mixed_cache, tmp_path):
+    process = start_and_wait(mixed_cache, tmp_path / "run", 3, "--workers", "2")
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "lower --workers" in errors.splitlines()[-1]
+
+
 def test_training_says_what_it_sees_and_leaves_the_demo_out(mixed_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_cache(tmp_path / "cache" / "demo", {"xray": (1, 32, 32, 1)}, seed=3)
@@ -343,7 +458,7 @@ def test_whole_run_ends_with_done_and_kept_epochs(mixed_cache, tmp_path):
     assert [torch.load(out / f"epoch_000{i}.pt", weights_only=True)["step"] for i in (1, 2)] == [2, 4]
     assert {x["modality"] for x in log_of(out)} == {"xray"}
     again = run(mixed_cache, out, "--modalities", "xray", "--keep-every", "3")
-    assert "4 of 4 steps done" in again.stdout
+    assert "4 of 4 steps; none skipped" in again.stdout
 
 
 def test_non_finite_steps_are_skipped_then_stop_with_the_facts(mixed_cache, tmp_path):
@@ -356,7 +471,7 @@ def test_non_finite_steps_are_skipped_then_stop_with_the_facts(mixed_cache, tmp_
     assert sum(x["skipped"] for x in log_of(out)) == 10
     assert log_of(out)[-1]["loss"] is None and "NaN" not in (out / "log.jsonl").read_text()  # strict JSON
     short = run(mixed_cache, tmp_path / "short", "--max-steps", "1")  # it is saved: the weights are the old, good ones
-    assert state_of(tmp_path / "short")["step"] == 1 and "1 of these just skipped" in short.stdout
+    assert state_of(tmp_path / "short")["step"] == 1 and "1 of 16 steps; 1 skipped (not finite)" in short.stdout
 
 
 def test_wrong_use_is_one_line(mixed_cache, tmp_path):
@@ -364,8 +479,8 @@ def test_wrong_use_is_one_line(mixed_cache, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
     cases = [([mixed_cache, tmp_path / "run", "--lr", "1e-2"], 1, "--lr 0.001"),
-             ([mixed_cache, tmp_path / "new", "--batch-size", "64"], 1, "lower --batch-size"),
-             ([mixed_cache, tmp_path / "new", "--batch-size-3d", "64"], 1, "lower --batch-size-3d"),
+             ([mixed_cache, tmp_path / "new", "--batch-size", "64"], 1, "--batch-size 8"),
+             ([mixed_cache, tmp_path / "new", "--batch-size-3d", "64"], 1, "--batch-size-3d 8"),
              ([tmp_path / "missing", tmp_path / "new"], 1, "missing"),
              ([tmp_path / "empty", tmp_path / "new"], 1, "empty"),
              ([mixed_cache, tmp_path / "new", "--init", tmp_path / "text.pt"], 1, "text.pt"),
