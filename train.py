@@ -15,6 +15,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -398,18 +399,60 @@ def make_batch(samples):
     return batch
 
 
+class TrainingSamples(CachedDataset):
+    """Samples (C, H, W, S) as cached, but of a video the frames that one step takes (Algorithm 2).
+
+    They are drawn where the file is read: a quarter of the video is all that is moved from there.
+    """
+
+    def __getitem__(self, item):
+        number, seed = item  # of the row, and of the frames
+        x = super().__getitem__(number)[None]  # (1, C, H, W, S)
+        return take_frames_at_random(x, torch.Generator().manual_seed(seed))[0]
+
+
+def draw_items(schedule, start, stop):
+    """What this rank reads for each step, start to stop - 1: [(row number, seed of frames)]."""
+    for step in range(start, stop):
+        numbers = schedule.batch(step).own
+        yield [(number, seed_of(schedule.seed, 3, step, number)) for number in numbers]
+
+
 def make_loader(args, schedule, start, stop, device):
-    """This rank's batches of the steps start .. stop - 1, each (B, C, H, W, S) as cached."""
-    rank_batches = (schedule.batch(step).own for step in range(start, stop))  # asked for in order
-    return DataLoader(CachedDataset(schedule.rows), batch_sampler=rank_batches, collate_fn=make_batch,
+    """This rank's batches of the steps start .. stop - 1, each (B, C, H, W, S) on the CPU."""
+    items = draw_items(schedule, start, stop)
+    return DataLoader(TrainingSamples(schedule.rows), batch_sampler=items, collate_fn=make_batch,
                       num_workers=args.workers, worker_init_fn=ignore_group_signals,
                       pin_memory=device.type == "cuda")
 
 
-class Log:
-    """log.jsonl, one line a step; on every rank but the first it writes nothing."""
+def copy_ahead(loader, device):
+    """Batches on the device. On a GPU, each is copied while the step before it computes."""
+    if device.type != "cuda":
+        for batch in loader:
+            yield batch.to(device)
+        return
 
-    def __init__(self, args, schedule):
+    # The copy of a batch has a stream of its own, and begins before the step that is now ready.
+    copying = torch.cuda.Stream()
+    ready = None
+    for batch in loader:
+        with torch.cuda.stream(copying):
+            batch = batch.to(device, non_blocking=True)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream().wait_stream(copying)
+        batch.record_stream(torch.cuda.current_stream())  # its memory is in use until that is done
+        ready = batch
+    if ready is not None:
+        yield ready
+
+
+class Log:
+    """log.jsonl, one line a step, and the progress bar; only the first rank writes them."""
+
+    def __init__(self, args, schedule, bar):
+        self.bar = bar
         path = args.out / "log.jsonl" if schedule.rank == 0 else os.devnull
         self.file = open(path, "a", buffering=1)
         self.schedule = schedule
@@ -429,6 +472,7 @@ class Log:
         record["data_wait"] = waited / seconds  # share of the step
         record["peak_memory_gb"] = memory / 2**30
         self.file.write(json.dumps(record) + "\n")
+        self.bar.set_postfix_str(f"{modality} loss {values['loss']:.4f}", refresh=False)
 
         # Nothing is learned any more where so many steps in a row were skipped.
         self.skipped.append(bool(values["skipped"]))
@@ -440,12 +484,20 @@ class Log:
 
 @contextlib.contextmanager
 def naming_the_remedy():
-    """Inside, what the machine lacks to load samples becomes one line with its remedy."""
+    """Inside, what the machine lacks to load samples or to compile becomes one line."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.CalledProcessError) as error:
         text = str(error).strip()
-        last = text.split("\n")[-1]
+        first = text.splitlines()[0]
+        last = text.splitlines()[-1]
+
+        # Compiling starts gcc; what it lacks comes as an error of the compiler or of the command.
+        compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if compiler or "C compiler" in text or isinstance(error, subprocess.CalledProcessError):
+            raise UserError(f"torch.compile failed ({first}): install gcc and Python's headers, or "
+                            "set TORCH_COMPILE_DISABLE=1") from None
+
         for symptom in ("is killed by signal", "exited unexpectedly", "shared memory"):
             if symptom in text:
                 raise UserError(f"a loader process failed ({last}): free memory or /dev/shm, or "
@@ -456,20 +508,21 @@ def naming_the_remedy():
 def fit(args, run_info, method, optimizer, schedule, start, device):
     """Train from step `start` on -> how many steps are done, and how many of them were skipped."""
     main = schedule.rank == 0
-    bf16 = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)  # else fp32
     stop = min(schedule.total, args.max_steps or schedule.total)  # schedules still span the total
     model = method
     if schedule.world > 1:
         model = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
 
+    # A signal lets the step end; then all leave.
     signals = catch_signals()
-    log = Log(args, schedule)
-    loader = make_loader(args, schedule, start, stop, device)
-    bar = tqdm(loader, initial=start, total=stop, unit="step", smoothing=0.05, disable=not main)
+    batches = copy_ahead(make_loader(args, schedule, start, stop, device), device)
+    bar = tqdm(batches, initial=start, total=stop, unit="step", smoothing=0.05, disable=not main)
+    log = Log(args, schedule, bar)
+    keep_steps = args.keep_every * schedule.per_epoch
     next_save = time.monotonic() + 60 * args.save_minutes
     clock = time.monotonic()
     with log.file, bar:
-        for step, batch in enumerate(bar, start):  # batch (B, C, H, W, S) as cached
+        for step, batch in enumerate(bar, start):  # batch (B, C, H, W, S), uint8 or float16
             waited = time.monotonic() - clock  # for the loader
             progress = step / schedule.total
             lr = learning_rate(step, schedule.total, schedule.warmup, args.lr)
@@ -478,11 +531,10 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
             # All random numbers of a step follow from (seed, step, rank).
             torch.manual_seed(seed_of(args.seed, 1, step, schedule.rank))  # stochastic depth
             generator = torch.Generator().manual_seed(seed_of(args.seed, 2, step, schedule.rank))
-            x = unit(batch.to(device, non_blocking=True))  # (B, C, H, W, S) in [0, 1]
-            x = take_frames_at_random(x, generator)  # of videos
+            x = unit(batch)  # (B, C, H, W, S) in [0, 1]
             inputs = method.make_inputs(x, generator)  # a mask, or views
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss, parts = model(*inputs)  # a scalar, and what it is made of for the log
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # DDP averages gradients over ranks here
@@ -500,13 +552,13 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
                 method.after_step(progress)  # SimDINO: the teacher follows
 
             log.write(step, values, time.monotonic() - clock, waited)
-            modality = schedule.batch(step).modality
-            bar.set_postfix_str(f"{modality} loss {values['loss']:.4f}", refresh=False)
+
+            # A checkpoint is large: it is written every few minutes, and before the run ends.
             done = step + 1
-            epoch, rest = divmod(done, schedule.per_epoch)
-            if main and rest == 0 and args.keep_every and epoch % args.keep_every == 0:
-                save_run(args.out / f"epoch_{epoch:04d}.pt", run_info, method, optimizer, done)
-            if main and (rest == 0 or stopping or done == stop or time.monotonic() > next_save):
+            if main and keep_steps and done % keep_steps == 0:
+                name = f"epoch_{done // schedule.per_epoch:04d}.pt"
+                save_run(args.out / name, run_info, method, optimizer, done)
+            if main and (stopping or done == stop or time.monotonic() > next_save):
                 save_run(args.out / "checkpoint.pt", run_info, method, optimizer, done)
                 next_save = time.monotonic() + 60 * args.save_minutes
             if stopping:
@@ -560,8 +612,11 @@ def add_flags(parser):
     flag("--seed", type=natural, default=0, help="of all that is random; vary it to see the noise")
     flag("--workers", type=natural, default=4 if torch.cuda.is_available() else 0,
          help="loader processes")
+    flag("--precision", choices=["bf16", "fp32"],
+         default="bf16" if torch.cuda.is_available() else "fp32",
+         help="of the networks; bf16 pays on GPUs, and for vit_t and larger on CPUs with AMX")
     flag("--max-steps", type=count, help="stop here for now; the schedules still span --epochs")
-    flag("--save-minutes", type=within(0), default=15, help="save this often, besides every epoch")
+    flag("--save-minutes", type=within(0), default=15, help="save this often, and at the end")
     flag("--keep-every", type=natural, default=0,
          help="epochs; keep epoch_NNNN.pt for studies, 0: none")
 

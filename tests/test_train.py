@@ -17,11 +17,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
+import torch._inductor.exc
 
 import train
 from conftest import write_cache
 from model import ViT
-from prepare import UserError
+from prepare import UserError, load_sample
 from simdino import SimDINO
 from train import Schedule, cosine, learning_rate, plan_epoch, seed_of, select_rows
 
@@ -222,6 +224,154 @@ def test_a_hang_up_is_caught_unless_nohup_ignores_it(monkeypatch):
         monkeypatch.setattr(signal, "signal", handlers.__setitem__)
         train.catch_signals()
         assert (signal.SIGHUP in handlers) is handled and {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} <= handlers.keys()
+
+
+# ---------------------------------------------------------------------------------------------- frames and batches
+def video_rows(tmp_path, frames=20, n=6):
+    cache = write_cache(tmp_path / "videos", {"endoscopy": (3, 8, 8, frames)}, per_shape=n)
+    return train.read_samples(cache)
+
+
+def read_items(rows, step, rank=0, world=1, **changes):
+    """{row number: the sample that a rank reads for it at a step}."""
+    schedule = Schedule(rows, flags(batch_size=4 // world, **changes), rank, world)
+    samples = train.TrainingSamples(rows)
+    (items,) = train.draw_items(schedule, step, step + 1)
+    return {number: samples[number, seed] for number, seed in items}
+
+
+def test_a_video_comes_as_16_of_its_frames_in_order(tmp_path):
+    rows = video_rows(tmp_path)
+    for number, sample in read_items(rows, 0).items():
+        whole = load_sample(rows[number]["folder"], rows[number])
+        where = [np.flatnonzero([(whole[..., j] == frame).all() for j in range(20)])[0]
+                 for frame in sample.numpy().transpose(3, 0, 1, 2)]
+        assert len(where) == 16 and where == sorted(where)
+
+
+def test_frames_follow_from_seed_step_and_sample_alone(tmp_path):
+    rows = video_rows(tmp_path, n=4)
+    first = read_items(rows, 0)
+    assert all(torch.equal(first[number], sample) for number, sample in read_items(rows, 0).items())
+    shared = [read_items(rows, 0, rank, 2) for rank in range(2)]
+    assert all(torch.equal(first[number], sample) for part in shared for number, sample in part.items())
+    for other in (read_items(rows, 1), read_items(rows, 0, seed=1)):
+        assert not any(torch.equal(first[number], sample) for number, sample in other.items())
+
+
+def test_samples_other_than_long_videos_come_as_cached(tmp_path):
+    cache = write_cache(tmp_path / "x", {"xray": (1, 8, 8, 1), "endoscopy": (3, 8, 8, 16), "ct": (1, 8, 8, 64)})
+    rows = train.read_samples(cache)
+    samples = train.TrainingSamples(rows)
+    for number, row in enumerate(rows):
+        assert np.array_equal(samples[number, 5].numpy(), load_sample(cache, row))
+
+
+def test_a_batch_is_copied_to_the_gpu_before_the_step_in_front_of_it_begins(monkeypatch):
+    events = []
+
+    class Batch:
+        def __init__(self, name):
+            self.name = name
+
+        def to(self, device, non_blocking):
+            assert non_blocking
+            events.append(f"copy {self.name}")
+            return self
+
+        def record_stream(self, stream):
+            events.append(f"keep {self.name}")
+
+    stream = mock.Mock(wait_stream=lambda other: events.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "stream", lambda copying: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    for batch in train.copy_ahead(map(Batch, "abc"), torch.device("cuda")):
+        events.append(f"step {batch.name}")
+    assert events == ["copy a", "wait", "keep a", "copy b", "step a", "wait", "keep b", "copy c", "step b",
+                      "wait", "keep c", "step c"]
+
+
+def test_on_a_cpu_batches_pass_as_they_are():
+    batches = [torch.zeros(2), torch.ones(2)]
+    assert all(a is b for a, b in zip(train.copy_ahead(batches, torch.device("cpu")), batches, strict=True))
+
+
+# ------------------------------------------------------------------------------------- rehearsal of a GPU without one
+def small_run(monkeypatch, cache, out, ssl, device, *more):
+    """Arguments of `fit` for a small run of both kinds of samples, with everything on a device."""
+    words = ["train.py", "--ssl", ssl, "--data", str(cache), "--out", str(out), *TINY, "--arch", "vit_xs", *more]
+    monkeypatch.setattr(sys, "argv", words)
+    args = train.parse_args()
+    schedule = Schedule(select_rows(args.data, args.modalities, 1.0), args)
+    method, init_ids = train.build_method(args, torch.device(device))
+    optimizer = train.make_optimizer(method)
+    for group in optimizer.param_groups:
+        group["fused"] = device != "meta"  # which has no fused kernel
+    out.mkdir()
+    run_info = train.describe_run(args, method, schedule, init_ids)
+    return args, run_info, method, optimizer, schedule, 0, torch.device(device)
+
+
+@pytest.mark.parametrize("ssl", ["mae", "simdino"])
+def test_a_step_mixes_no_devices_and_reads_the_device_once(mixed_cache, tmp_path, monkeypatch, ssl):
+    """On the meta device nothing has a value: to read one, or to mix devices, is an error."""
+    reads = []
+
+    def read_numbers(values):
+        tensors = [value for value in values.values() if torch.is_tensor(value)]
+        assert all(value.device.type == "meta" and value.numel() == 1 for value in tensors)
+        reads.append(len(tensors))
+        return {name: 0.0 if torch.is_tensor(value) else value for name, value in values.items()}
+
+    monkeypatch.setattr(train, "read_numbers", read_numbers)
+    monkeypatch.setattr(train, "save_run", lambda *state: None)
+    monkeypatch.setattr(torch, "autocast", lambda *how, **more: contextlib.nullcontext())  # it knows no meta
+    done, skipped = train.fit(*small_run(monkeypatch, mixed_cache, tmp_path / "run", ssl, "meta"))
+    assert (done, skipped, len(reads)) == (16, 0, 16)  # once a step
+
+
+def test_the_numbers_of_a_step_come_in_one_transfer(monkeypatch):
+    transfers = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: transfers.append(x.shape) or tolist(x))
+    loss = torch.tensor(1.5, requires_grad=True)
+    values = train.read_numbers({"loss": loss, "skipped": torch.tensor(True), "lr": 0.1, "rate": torch.tensor(2.)})
+    assert values == {"loss": 1.5, "skipped": 1.0, "lr": 0.1, "rate": 2.0} and list(values)[0] == "loss"
+    assert transfers == [(3,)]
+
+
+@pytest.mark.parametrize("ssl", ["mae", "simdino"])
+def test_blocks_compile_whole_and_once_a_shape(mixed_cache, tmp_path, monkeypatch, ssl):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+    run_arguments = small_run(monkeypatch, mixed_cache, tmp_path / "run", ssl, "cpu", "--max-steps", "8")
+    kinds = set()  # a graph of its own each: shapes, with or without gradients, with or without stochastic depth
+
+    def note(block, inputs):
+        scales = inputs[1] if len(inputs) > 1 else ()
+        drawn = [torch.is_tensor(scale) for scale in scales]
+        kinds.add((*inputs[0].shape, torch.is_grad_enabled(), any(drawn)))
+
+    for module in run_arguments[2].modules():
+        if isinstance(module, train.Block):
+            module.register_forward_pre_hook(note)
+            compiled = torch.compile(module.forward, backend=counter, dynamic=False, fullgraph=True)
+            module.forward = compiled  # fullgraph: a graph break is an error
+    train.fit(*run_arguments)
+    assert 0 < counter.frame_count <= len(kinds), (counter.frame_count, kinds)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    torch._inductor.exc.InvalidCxxCompiler(),
+    torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("Python.h: No such file"), None),
+    subprocess.CalledProcessError(1, ["gcc", "main.c"])])
+def test_a_missing_compiler_is_one_line_with_the_remedy(error):
+    with pytest.raises(UserError, match="TORCH_COMPILE_DISABLE=1") as told, train.naming_the_remedy():
+        raise error
+    assert "\n" not in str(told.value)
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -429,6 +579,28 @@ def test_a_killed_loader_process_ends_the_run_with_one_line(mixed_cache, tmp_pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
     assert "lower --workers" in errors.splitlines()[-1]
+
+
+def test_a_cpu_computes_in_fp32_unless_told_otherwise(mixed_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})  # no rule looks at the processor
+    run(mixed_cache, tmp_path / "plain", "--max-steps", "1")
+    run(mixed_cache, tmp_path / "fp32", "--max-steps", "1", "--precision", "fp32")
+    run(mixed_cache, tmp_path / "bf16", "--max-steps", "1", "--precision", "bf16")
+    losses = {name: log_of(tmp_path / name)[0]["loss"] for name in ("plain", "fp32", "bf16")}
+    assert losses["plain"] == losses["fp32"] != losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    other = run(mixed_cache, tmp_path / "bf16", check=False)
+    assert other.returncode == 1 and "--precision bf16: repeat that" in other.stderr
+
+
+def test_checkpoints_are_written_at_the_end_and_by_the_clock_not_every_epoch(mixed_cache, tmp_path, monkeypatch):
+    written = []
+    save_run = train.save_run
+    monkeypatch.setattr(train, "save_run", lambda path, *rest: written.append(path.name) or save_run(path, *rest))
+    xrays = ["--modalities", "xray", "--epochs", "3"]
+    run(mixed_cache, tmp_path / "a", *xrays)  # 6 steps
+    run(mixed_cache, tmp_path / "b", *xrays, "--keep-every", "2")
+    run(mixed_cache, tmp_path / "c", *xrays, "--save-minutes", "0")
+    assert written == ["checkpoint.pt", "epoch_0002.pt", *["checkpoint.pt"] * 7]
 
 
 def test_training_says_what_it_sees_and_leaves_the_demo_out(mixed_cache, tmp_path, monkeypatch):
