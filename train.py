@@ -205,12 +205,14 @@ def select_rows(folders, modalities, fraction, verbose=True):
     if len(set(modalities)) < len(modalities):
         raise UserError(f"--modalities {' '.join(modalities)}: name each of them once")
     rows = read_caches(folders)
+
+    # An id is test in all caches if it is in one; else the row of the first cache is kept.
     test_ids = {row["id"] for row in rows if row["split"] == "test"}
     rows = [row for row in rows if row["modality"] in modalities]
     by_id = {}
     for row in rows:
         if row["id"] not in test_ids:
-            by_id.setdefault(row["id"], row)  # of the first cache that has it
+            by_id.setdefault(row["id"], row)
     if verbose:
         report_rows(rows, test_ids, by_id)
 
@@ -252,6 +254,8 @@ def build_method(args, device, init=None):
     """
     torch.manual_seed(seed_of(args.seed, 0))  # of the untrained weights
     patch_size = (args.patch_size, args.patch_size, PATCH_SIZE[-1])
+
+    # Only SimDINO has a CLS token (Sec. 3.3) and stochastic depth.
     simdino = args.ssl == "simdino"
     encoder = ViT(args.arch, patch_size, cls_token=simdino, drop_path=DROP_PATH if simdino else 0.0)
     init_ids = torch.empty(0, dtype=torch.int64)
@@ -459,7 +463,10 @@ class Log:
         self.skipped = []  # whether each step was
 
     def write(self, step, values, seconds, waited):
-        """Log a step's numbers; it took `seconds`, and `waited` of them for the loader."""
+        """Log a step's numbers; it took `seconds`, and `waited` of them for the loader.
+
+        UserError if this was one of too many steps in a row that were skipped.
+        """
         modality, numbers, _ = self.schedule.batch(step)
         memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes
         if torch.cuda.is_available():
@@ -489,8 +496,8 @@ def naming_the_remedy():
         yield
     except (RuntimeError, subprocess.CalledProcessError) as error:
         text = str(error).strip()
-        first = text.splitlines()[0]
-        last = text.splitlines()[-1]
+        first = text.split("\n")[0]
+        last = text.split("\n")[-1]
 
         # Compiling starts gcc; what it lacks comes as an error of the compiler or of the command.
         compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
@@ -652,7 +659,8 @@ class Process(NamedTuple):
 
 def set_up_process():
     """Join the other processes, if there are any. UserError if this one would have no GPU."""
-    rank = int(os.environ.get("RANK", 0))  # torchrun sets these three
+    # torchrun sets these three; without it there is one process.
+    rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
 
