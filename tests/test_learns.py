@@ -1,4 +1,4 @@
-"""It learns: the real train.py on toy textures lifts zero-shot R@1 far above its own first step and above raw pixels."""
+"""It learns: train.py on toy textures lifts zero-shot R@1 far above its first step and above raw pixels."""
 import csv
 import subprocess
 import sys
@@ -16,13 +16,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def draw(kind, rng, side=32):
-    """A disc of stripes, fine or coarse, upright or flat, of random place, size, phase, tilt and contrast, under noise."""
+    """A disc of stripes, fine or coarse, upright or flat; place, size, phase, tilt, contrast vary."""
     y, x = np.mgrid[:side, :side] / side
     (cy, cx), radius = rng.uniform(.35, .65, 2), rng.uniform(.25, .4)
-    period, turn = (.1, .22)[kind % 2] * rng.uniform(.85, 1.15), np.radians((0, 90)[kind // 2] + rng.uniform(-15, 15))
+    period = (.1, .22)[kind % 2] * rng.uniform(.85, 1.15)
+    turn = np.radians((0, 90)[kind // 2] + rng.uniform(-15, 15))
     wave = np.sin(2 * np.pi * (np.cos(turn) * x + np.sin(turn) * y) / period + rng.uniform(0, 2 * np.pi))
     disc = (x - cx) ** 2 + (y - cy) ** 2 < radius ** 2
-    image = .2 + rng.uniform(-.1, .1) + disc * (.3 + rng.uniform(.1, .25) * wave) + rng.normal(0, .05, (side, side))
+    image = .2 + rng.uniform(-.1, .1) + disc * (.3 + rng.uniform(.1, .25) * wave)
+    image = image + rng.normal(0, .05, (side, side))
     return np.uint8(255 * image.clip(0, 1))[None, :, :, None]  # (1, H, W, 1)
 
 
@@ -35,7 +37,8 @@ def textures(tmp_path):
         table = csv.writer(file)
         table.writerow(["id", "modality", "labels", "patient", "split", "shape"])
         for i in range(384):
-            table.writerow([f"{i:016x}", "xray", f"kind{i % 4}", f"p{i}", "train" if i < 256 else "test", "1x32x32x1"])
+            split = "train" if i < 256 else "test"
+            table.writerow([f"{i:016x}", "xray", f"kind{i % 4}", f"p{i}", split, "1x32x32x1"])
             np.save(folder / f"{i:016x}.npy", draw(i % 4, rng))
     return folder
 
@@ -46,17 +49,21 @@ def recall_at_1(embeddings, labels):
 
 
 def test_training_beats_its_initialisation_and_pixels(textures, tmp_path):
-    """300 of 600 steps of the short-run rule, about a minute: in ours, R@1 went from .48 to .77; pixels .47, chance .25."""
+    """300 of 600 steps of the short-run rule, about a minute; chance is .25.
+
+    In ours, R@1 went from .48 to .77; pixels .47.
+    """
     rows = [row for row in read_samples(textures) if row["split"] == "test"]
     data = CachedDataset(rows)
     x = normalize(unit(torch.stack([data[i] for i in range(len(rows))])))  # (128, 1, 32, 32, 1)
     labels = np.array([row["labels"][0] for row in rows])
     found = []
     for steps in (1, 300):
-        subprocess.run([sys.executable, ROOT / "train.py", "--ssl", "simdino", "--arch", "vit_xs", "--patch-size", "8",
-                        "--epochs", "75", "--local-views", "2", "--gamma", "0.0078", "--momentum", "0.9",
-                        "--max-steps", str(steps), "--workers", "0",
-                        "--data", textures, "--out", tmp_path / "run"], check=True, capture_output=True, cwd=tmp_path)
+        subprocess.run([sys.executable, ROOT / "train.py", "--ssl", "simdino", "--arch", "vit_xs",
+                        "--patch-size", "8", "--epochs", "75", "--local-views", "2", "--gamma", "0.0078",
+                        "--momentum", "0.9", "--max-steps", str(steps), "--workers", "0",
+                        "--data", textures, "--out", tmp_path / "run"],
+                       check=True, capture_output=True, cwd=tmp_path)
         encoder = load_encoder(tmp_path / "run" / "checkpoint.pt")
         with torch.no_grad():
             found.append(recall_at_1(pool(encoder(x), "mix"), labels))
