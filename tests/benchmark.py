@@ -291,9 +291,9 @@ def search_row():
         vectors = rng.standard_normal((25687, 1536), np.float32)
         labels = [tuple(map(str, pair)) for pair in rng.integers(0, 18, (25687, 2))]
         start, wall = time.process_time(), time.perf_counter()
-        evaluate.measure(vectors, vectors, labels, labels, [(ids, ids)])
+        evaluate.evaluate_retrieval(vectors, vectors, labels, labels, [(ids, ids)])
         cpu = time.process_time() - start
-        print(f"| evaluate.measure, 25,687 x 25,687 x 1,536 | {cpu:.1f} CPU s", end="", flush=True)
+        print(f"| evaluate.evaluate_retrieval, 25,687 x 25,687 x 1,536 | {cpu:.1f} CPU s", end="", flush=True)
         return time.perf_counter() - wall
     wall, most = in_child(all_pairs)
     print(f" | {wall:.1f} s on the wall, {os.cpu_count()} cores | peak {most:.0f} MiB")
