@@ -1,75 +1,149 @@
 """Embeddings of cached samples, and exact search among them (paper Sec. 3.2, 3.3, C.2).
 
 In:  cache/NAME (prepare.py) and runs/NAME/checkpoint.pt (train.py), or any other encoder.
-Out: emb.npz: embeddings (n, D) float32, not normalised; ids (n,); meta, a JSON string of how they were made.
-     python embed.py cache/NAME --checkpoint runs/NAME/checkpoint.pt --out emb.npz  (torchrun shares the work)
+Out: emb.npz: embeddings (n, D) float32, not normalised; ids (n,); meta, JSON of how they were made.
+     python embed.py cache/NAME --checkpoint runs/NAME/checkpoint.pt --out emb.npz
      python embed.py --search scan.nii.gz --gallery ct.npz mri.npz --figure hits.png
+     python embed.py --search new/*.dcm --gallery xray.npz --out hits.csv
+torchrun shares the first among processes. Into an --out that exists it embeds only what is new.
+
+From Python:
+    from prepare import read_any
+    from embed import apply_encoder, load_embedder, read_embeddings, search
+    gallery = read_embeddings("emb.npz")
+    embedder = load_embedder("m3ret", "runs/NAME/checkpoint.pt")
+    modality, sample = read_any("scan.nii.gz", **gallery.meta["sizes"])
+    scores, indices = search(apply_encoder(embedder, sample[None]), gallery.vectors, k=3)
+    labels = [gallery.rows[i]["labels"] for i in indices[0]]
 """
 import argparse
 import csv
 import hashlib
 import importlib
+import io
 import json
 import os
 import sys
+import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (ViT, load_encoder, normalize, pool, read_checkpoint, save_montage, stack,
-                   take_frames_evenly, unit)
+from model import (PICTURE_FORMATS, ViT, load_encoder, normalize, pool, read_checkpoint,
+                   sample_kind, save_montage, stack, take_frames_evenly, unit, weights_sha256)
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
 
-QUERIES, GALLERY, BATCH = 2048, 8192, 16  # rows of one product of a search; samples embedded at a time
-MUST_MATCH = ("encoder", "checkpoint_sha256", "code_sha256", "pool", "sizes")  # in all galleries of a search
+# A search multiplies blocks of so many rows, which bounds its memory.
+QUERY_BLOCK = 2048
+GALLERY_BLOCK = 8192
+
+# So many samples are embedded at a time. Every batch has this size, the last one is filled up: the
+# last digits of an embedding depend on the size of its batch, but not on what else is in it.
+EMBED_BATCH = {"image": 16, "video": 4, "volume": 4}
+
+# What the meta of two files must have in common for their embeddings to be comparable.
+SAME_ENCODER = ("encoder", "weights_sha256", "code_sha256", "pool")
+MUST_MATCH = SAME_ENCODER + ("sizes",)
+
+# Floats of samples may leave [0, 1] by this much.
+VALUE_TOLERANCE = 1e-3
+
+# Two machines, or bf16 and fp32, may differ in an embedding by this share of its length.
+ANSWER_TOLERANCE = 0.05
+
+HIT_COLUMNS = ("query", "rank", "cosine", "modality", "labels", "cache", "id", "path")
+TILES_IN_A_ROW = 6  # of a figure
+
+
+# ---- search -------------------------------------------------------------------------------------
+def search_block(q, g, k):
+    """The best k of a block: unit vectors (m, D), (b, D) -> scores, indices (m, min(k, b))."""
+    scores, indices = [], []
+    for part in q.split(QUERY_BLOCK):
+        best = (part @ g.T).topk(min(k, len(g)), dim=1)  # values, indices (part, k)
+        scores.append(best.values)
+        indices.append(best.indices)
+    return torch.cat(scores), torch.cat(indices)
 
 
 def search(queries, gallery, k):
-    """Exact cosine top-k (Sec. C.2): queries (m, D), gallery (n, D) -> scores, indices, (m, min(k, n)) each.
+    """Exact cosine top-k (Sec. C.2): queries (m, D), gallery (n, D) -> scores, indices.
 
-    Arrays or tensors, searched where the queries are; the gallery may be a map larger than memory. Equal ones
-    come in any order. UserError: k < 1, an empty gallery, widths that differ, values that are not finite.
+    Both are arrays or tensors, normalised or not, and are searched on the queries' device; the
+    gallery may be a memory map larger than memory. scores (m, min(k, n)): cosines, float32, best
+    first; a vector of zeros has 0. indices (m, min(k, n)): rows of the gallery, int64. Equal scores
+    come in any order.
+    UserError: k < 1, an empty gallery, another shape or width, values that are not finite.
     """
-    if k < 1 or queries.ndim != 2 or len(gallery) == 0 or queries.shape[1:] != gallery.shape[1:]:
-        raise UserError(f"no {k} matches of {tuple(queries.shape)} in a gallery {tuple(gallery.shape)}")
+    if k < 1:
+        raise UserError(f"the number of matches to look for must be at least 1, not {k}")
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise UserError("queries (m, D) and gallery (n, D) must have one width D, not "
+                        f"{tuple(queries.shape)} and {tuple(gallery.shape)}")
+    if len(gallery) == 0:
+        raise UserError("the gallery is empty")
+
+    # The best k so far are kept while the gallery is read block by block.
     q = F.normalize(torch.as_tensor(queries).float(), dim=1)  # (m, D)
-    scores, indices = q.new_empty(len(q), 0), q.new_empty(len(q), 0, dtype=torch.int64)
-    for start in range(0, len(gallery), GALLERY):
-        block = gallery[start:start + GALLERY]
-        g = F.normalize((block if torch.is_tensor(block) else torch.tensor(block)).to(q), dim=1)  # (b, D)
-        best = [(part @ g.T).topk(min(k, len(g)), dim=1) for part in q.split(QUERIES)]  # each (b, k)
-        scores = torch.cat([scores, torch.cat([found.values for found in best])], dim=1)  # (m, up to 2k)
-        indices = torch.cat([indices, torch.cat([found.indices for found in best]) + start], dim=1)
+    scores = q.new_empty(len(q), 0)
+    indices = q.new_empty(len(q), 0, dtype=torch.int64)
+    for start in range(0, len(gallery), GALLERY_BLOCK):
+        block = gallery[start:start + GALLERY_BLOCK]
+        if not torch.is_tensor(block):
+            block = torch.tensor(block)  # a copy: the array may be a read-only map
+        g = F.normalize(block.to(q), dim=1)  # (b, D)
+        block_scores, block_indices = search_block(q, g, k)  # (m, up to k) each
+
+        # Of those kept before and those of this block, the best k are kept.
+        scores = torch.cat([scores, block_scores], dim=1)  # (m, up to 2k)
+        indices = torch.cat([indices, start + block_indices], dim=1)  # (m, up to 2k)
         scores, order = scores.topk(min(k, scores.shape[1]), dim=1)  # (m, up to k)
         indices = indices.gather(1, order)
-    if scores.isnan().any():  # topk puts them first
+
+    # topk puts NaN first, so that none is overlooked.
+    if scores.isnan().any():
         raise UserError("embeddings hold values that are not finite: embed these samples again")
     return scores, indices
 
 
+# ---- encoders -----------------------------------------------------------------------------------
 def pixels(x):
-    """Baseline: the mean slice as 32 x 32 grey values less their mean, (B, C, H, W, S) -> (B, 1024)."""
+    """Baseline (B, C, H, W, S) -> (B, 1024): the mean slice in 32 x 32 pixels, less their mean."""
     x = unit(x).mean(dim=(1, 4))  # (B, H, W)
-    x = F.adaptive_avg_pool2d(x - x[:, :1, :1], 32).flatten(1)  # (B, 1024), exactly zero if flat
-    return x - x.mean(dim=1, keepdim=True)  # the cosine of two images is now their correlation
+    # A flat image becomes zeros here; the mean of its pixels would differ from them by rounding.
+    x = x - x[:, :1, :1]
+    x = F.adaptive_avg_pool2d(x, 32).flatten(1)  # (B, 1024)
+    # Without its mean, the cosine of two images is their correlation.
+    return x - x.mean(dim=1, keepdim=True)
 
 
 def by_slices(network, size=224, chunk=128):
-    """A 2D network (n, 3, size, size) -> (n, D) as an encoder of samples: the mean over slices."""
+    """A 2D network (n, 3, size, size) -> (n, D) as an encoder of samples: the mean over slices.
+
+    Slices (or frames) are normalised by ImageNet's mean and deviation and pass `chunk` at a time.
+    """
     def embed(x):  # (B, C, H, W, S) -> (B, D)
-        x = unit(take_frames_evenly(x)).permute(0, 4, 1, 2, 3)  # (B, S, C, H, W)
-        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet
-        out = [network(F.interpolate(part, (size, size), mode="bilinear", antialias=True))
-               for part in ((x - mean) / std).flatten(0, 1).split(chunk)]  # parts (chunk, 3, H, W)
-        return torch.cat(out).float().unflatten(0, x.shape[:2]).mean(dim=1)  # (B, D)
+        slices = unit(take_frames_evenly(x)).permute(0, 4, 1, 2, 3)  # (B, S, C, H, W)
+        mean = slices.new_tensor([0.485, 0.456, 0.406])[:, None, None]  # (3, 1, 1)
+        std = slices.new_tensor([0.229, 0.224, 0.225])[:, None, None]  # (3, 1, 1)
+        images = ((slices - mean) / std).flatten(0, 1)  # (B * S, 3, H, W)
+
+        features = []
+        for part in images.split(chunk):  # (chunk, 3, H, W)
+            part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+            features.append(network(part))  # (chunk, D)
+        features = torch.cat(features).float()  # (B * S, D)
+        return features.unflatten(0, slices.shape[:2]).mean(dim=1)  # (B, D)
     return embed
 
 
@@ -80,167 +154,645 @@ class Embedder(NamedTuple):
     seen_ids: object  # (n,) int64, ids of the samples it was trained on; None if unknown
 
 
-class Embeddings(NamedTuple):
-    """What read_embeddings finds in an npz."""
-    rows: list  # of its cache's samples.csv, in the npz's order
+def load_foreign_encoder(name, device):
+    """module:function -> what function() returns, and the sha256 of the module's file.
+
+    The module is looked for in the working folder too. The hash is of that one file: of the weights
+    and other modules that it reads nothing is known.
+    """
+    module_name, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+        make = getattr(module, function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--encoder {name}: {error}; choose m3ret, random, pixels or a "
+                        "module:function of your own") from None
+    try:
+        code_sha256 = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+        with torch.device(device):  # a network that it makes then lies where its samples will
+            embed = make()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--encoder {name}: {function}() failed: {error}") from error
+    if not callable(embed):
+        raise UserError(f"--encoder {name}: the encoder must be a function of samples "
+                        f"(B, C, H, W, S), but {function}() returned {embed!r}")
+    return embed, code_sha256
+
+
+def load_vit(meta, checkpoint, device):
+    """The encoder of a checkpoint, or an untrained one like it, as meta names it -> Embedder."""
+    state = read_checkpoint(checkpoint)
+    network = load_encoder(checkpoint, device, state)
+    # Nobody knows what it has seen if the file does not say, or if it began with a foreign network.
+    seen_ids = state.get("ids")
+    if not state.get("ids_known", True):
+        seen_ids = None
+    if meta["encoder"] == "random":
+        torch.manual_seed(0)
+        network = ViT(**network.config).to(device).eval()
+        seen_ids = []
+
+    pooling = "avg" if network.cls_token is None else "mix"
+    meta["pool"] = pooling
+    meta["checkpoint"] = str(checkpoint)
+    meta["checkpoint_sha256"] = state["sha256"]
+    meta["weights_sha256"] = weights_sha256(network)
+    meta["flags"] = state.get("flags")
+    meta["step"] = state.get("step")
+    meta["parameters"] = sum(p.numel() for p in network.parameters())
+
+    def embed(x):  # no augmentation; of longer videos 16 evenly spaced frames
+        tokens = network(normalize(unit(take_frames_evenly(x))))  # (B, [1+]N, D)
+        return pool(tokens, pooling, cls_token=network.cls_token is not None)  # (B, D) or (B, 2D)
+    return Embedder(embed, meta, seen_ids)
+
+
+def load_embedder(name, checkpoint=None, device="cpu"):
+    """Encoder -> Embedder: a function of cached samples (B, C, H, W, S) -> (B, D), and its origin.
+
+    name: "m3ret" is the checkpoint's encoder, its tokens pooled to mix = [CLS, avg] (Sec. 3.3), or
+    to avg if it has no CLS token (Sec. 3.2); "random" is the same, untrained; "pixels" is the
+    baseline above; "module:function" is what that function returns.
+    checkpoint: a file of train.py or an encoder saved alone; only m3ret and random take one.
+    device: where it will run, "cpu" or "cuda:0". Use it through `apply_encoder`, which checks.
+    UserError: an unknown name; a checkpoint that is missing, superfluous, damaged or foreign.
+    """
+    meta = {"encoder": name, "checkpoint": "", "checkpoint_sha256": "", "weights_sha256": "",
+            "code_sha256": "", "pool": ""}
+    needs_checkpoint = name in ("m3ret", "random")
+    if needs_checkpoint and not checkpoint:
+        raise UserError(f"--encoder {name}: needs the --checkpoint of a run of train.py")
+    if checkpoint and not needs_checkpoint:
+        raise UserError(f"--encoder {name}: has no use for a --checkpoint; leave it out")
+    if name == "pixels":
+        return Embedder(pixels, meta, [])
+    if not needs_checkpoint:
+        embed, meta["code_sha256"] = load_foreign_encoder(name, device)
+        return Embedder(embed, meta, None)
+    return load_vit(meta, checkpoint, device)
+
+
+def apply_encoder(embedder, x, names=None, device="cpu"):
+    """Samples (B, C, H, W, S) -> their embeddings (B, D), float32 on the CPU, not normalised.
+
+    embedder: what load_embedder gave for this device, or its function alone.
+    x: an array or tensor as read_any and the cache give it, C = 1 (grey) or 3 (colour), uint8 in
+    0..255 or floats in [0, 1]. names: what errors call the samples.
+    UserError: another shape, type or range; an encoder that gives no vectors, or not finite ones.
+    """
+    x = torch.as_tensor(x).to(device)
+    if x.ndim != 5 or x.shape[1] not in (1, 3):
+        raise UserError(f"samples must be (B, C, H, W, S) with C 1 or 3, not {tuple(x.shape)}; "
+                        "one sample alone is x[None]")
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise UserError(f"samples must be uint8 in 0..255 or floats in [0, 1], not {x.dtype}")
+    if x.is_floating_point():
+        outside = (x < -VALUE_TOLERANCE) | (x > 1 + VALUE_TOLERANCE)  # (B, C, H, W, S)
+        if outside.any():
+            raise UserError(f"floats must lie in [0, 1], not in [{x.min():.4g}, {x.max():.4g}]: "
+                            "divide 8-bit values by 255, scale CT from a window of HU, or let "
+                            "read_any do it")
+    if x.dtype == torch.float64:
+        x = x.float()
+
+    embed = embedder.embed if isinstance(embedder, Embedder) else embedder
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+        vectors = embed(x)  # (B, D)
+
+    # The encoder may be anybody's, so what it gives is checked.
+    if not torch.is_tensor(vectors):
+        raise UserError(f"the encoder gave {type(vectors).__name__}, not a tensor ({len(x)}, D)")
+    if vectors.ndim != 2 or len(vectors) != len(x):
+        raise UserError(f"the encoder gave {tuple(vectors.shape)}, not ({len(x)}, D)")
+    finite = vectors.isfinite().all(dim=1)  # (B,)
+    if not finite.all():
+        i = finite.tolist().index(False)
+        name = names[i] if names else f"sample {i}"
+        raise UserError(f"{name} embeds to values that are not finite: if it has such, prepare it "
+                        "again")
+    return vectors.float().cpu()
+
+
+# ---- embedding files ----------------------------------------------------------------------------
+class EmbeddingFile(NamedTuple):
+    """What an npz holds."""
+    ids: list  # n strings
     vectors: np.ndarray  # (n, D) float32
     meta: dict
 
 
-def load_embedder(name, checkpoint=None, device="cpu"):
-    """Encoder -> (embed, meta for the npz, 64-bit ids of the samples it was trained on, None if unknown).
-
-    embed maps cached samples (B, C, H, W, S) to (B, D). m3ret: the checkpoint's, pooled to mix = [CLS, avg]
-    (Sec. 3.3), to avg without CLS token (Sec. 3.2); random: the same, untrained; module:function: its result.
-    """
-    meta = {"encoder": name, "checkpoint": "", "checkpoint_sha256": "", "code_sha256": "", "pool": ""}
-    if bool(checkpoint) != (name in ("m3ret", "random")):
-        raise UserError(f"--encoder {name}: m3ret and random need a --checkpoint of train.py, others none")
-    if name == "pixels":
-        return Embedder(pixels, meta, [])
-    if not checkpoint:
-        module, _, function = name.partition(":")
-        sys.path.insert(0, os.getcwd())
-        try:
-            module = importlib.import_module(module)
-            meta["code_sha256"] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-            with torch.device(device):  # so that a network it makes lies where its samples will
-                return Embedder(getattr(module, function)(), meta, None)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"--encoder {name}: {error}; choose module:function, pixels, m3ret") from None
-    state = read_checkpoint(checkpoint)
-    network, trained = load_encoder(checkpoint, device, state), state.get("ids")
-    if name == "random":
-        torch.manual_seed(0)
-        network, trained = ViT(**network.config).to(device).eval(), []
-    how = "avg" if network.cls_token is None else "mix"
-    meta |= {"checkpoint": str(checkpoint), "flags": state.get("flags"), "step": state.get("step"),
-             "checkpoint_sha256": state["sha256"],
-             "parameters": sum(p.numel() for p in network.parameters()), "pool": how}
-    def embed(x):  # no augmentation; of longer videos 16 evenly spaced frames
-        return pool(network(normalize(unit(take_frames_evenly(x)))), how, how == "mix")
-    return Embedder(embed, meta, trained)
+class Embeddings(NamedTuple):
+    """An npz, and the rows of samples.csv that it is of."""
+    rows: list  # in the npz's order
+    vectors: np.ndarray  # (n, D) float32
+    meta: dict
 
 
-def apply_encoder(embed, x, names, device):
-    """Samples (B, C, H, W, S) -> (B, D) float32 on the CPU; names: what an error calls the samples."""
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
-        vectors = embed(x.to(device)) if callable(embed) else embed  # function() may have returned anything
-    if not torch.is_tensor(vectors) or vectors.ndim != 2 or len(vectors) != len(x):
-        raise UserError(f"the encoder gave {getattr(vectors, 'shape', vectors)}, not a tensor ({len(x)}, D)")
-    for name, finite in zip(names, vectors.isfinite().all(dim=1).tolist()):
-        if not finite:
-            raise UserError(f"{name} embeds to values that are not finite: if it has such, prepare it again")
-    return vectors.float().cpu()
+def list_seen(ids, seen_ids):
+    """Those of the ids that the encoder was trained on; None if nobody knows."""
+    if seen_ids is None:
+        return None
+    # A checkpoint keeps ids, which are 16 hex digits, as signed 64-bit numbers.
+    numbers = np.array([int(name, 16) for name in ids], np.uint64).view(np.int64)  # (n,)
+    found = np.isin(numbers, np.asarray(seen_ids))  # (n,)
+    return [name for name, seen in zip(ids, found) if seen]
 
 
-def embed_rows(rows, embedder, out, device="cpu", workers=2):
-    """Embed rows (of one cache folder) into `out`, by what load_embedder gave; torchrun's processes share."""
-    embed, meta, trained = embedder
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder, batches, done = rows[0]["folder"], [], []
-    for shape in sorted({row["shape"] for row in rows}):
-        members = [i for i, row in enumerate(rows) if row["shape"] == shape]
-        batches += [members[a:a + BATCH] for a in range(0, len(members), BATCH)]
-    mine = batches[rank::world]
-    loader = DataLoader(CachedDataset(rows), batch_sampler=mine, num_workers=workers, collate_fn=stack)
-    for batch, x in zip(mine, tqdm(loader, desc="embed", unit="batch", disable=rank > 0, leave=False)):
-        done.append(apply_encoder(embed, x, [f"{folder}/{rows[i]['id']}.npy" for i in batch], device))
-    with atomic_write(f"{out}.part{rank}") as file:  # the first process joins the parts
-        torch.save(done, file)
-    if world > 1:
-        torch.distributed.init_process_group("gloo")  # returns when every process has come this far
-    if rank > 0:
-        return
-    done = [None] * len(batches)
-    for r in range(world):
-        done[r::world] = torch.load(f"{out}.part{r}", weights_only=True)
-        os.remove(f"{out}.part{r}")
-    order = np.argsort(np.concatenate(batches))  # batches hold each row number once
-    numbers = np.array([int(row["id"], 16) for row in rows], np.uint64).view(np.int64)  # as in the checkpoint
-    seen = None if trained is None else [rows[i]["id"] for i in np.flatnonzero(np.isin(numbers, trained))]
-    meta = json.dumps(meta | {"cache": folder, "sizes": read_sizes(folder), "seen": seen})
+def write_npz(out, rows, vectors, embedder):
+    """Write the vectors (n, D) of n rows of one cache, and how they were made."""
+    ids = [row["id"] for row in rows]
+    folder = rows[0]["folder"]
+    seen = list_seen(ids, embedder.seen_ids)
+    meta = embedder.meta | {"cache": folder, "sizes": read_sizes(folder), "seen": seen}
     with atomic_write(out) as file:
-        np.savez(file, embeddings=torch.cat(done)[order], ids=[row["id"] for row in rows], meta=meta)
-    print(f"{len(rows)} embeddings in {out}")
+        np.savez(file, embeddings=vectors.numpy(), ids=ids, meta=json.dumps(meta))
+
+
+def read_npz(path):
+    """An embedding file -> EmbeddingFile. UserError if it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            vectors = file["embeddings"]
+            ids = file["ids"]
+            meta = json.loads(str(file["meta"])) if "meta" in file else {}
+        if vectors.dtype.kind != "f" or vectors.ndim != 2 or not np.isfinite(vectors).all():
+            raise ValueError("embeddings must be finite floats (n, D)")
+        if ids.dtype.kind != "U" or ids.shape != vectors.shape[:1]:
+            raise ValueError("ids must be n strings")
+        if len(ids) == 0:
+            raise ValueError("it is empty")
+        if len(np.unique(ids)) < len(ids):
+            raise ValueError("an id comes twice")
+        if not isinstance(meta, dict):
+            raise ValueError("meta must be a JSON object")
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
+            zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no embedding file ({error}): make it with embed.py") from None
+    return EmbeddingFile(ids.tolist(), vectors.astype(np.float32), meta)
+
+
+def find_cache(path, meta):
+    """The cache that an embedding file is of: where its meta says, or beside the file."""
+    if "cache" not in meta:
+        raise UserError(f"{path} does not say which cache it is of: give --cache FOLDER")
+    folder = Path(meta["cache"])
+    beside = Path(path).parent
+    for place in (folder, beside / folder, beside / folder.name):
+        if (place / "samples.csv").is_file():
+            return place
+    raise UserError(f"{path}: its cache {folder} is not there, nor beside it: give --cache FOLDER")
 
 
 def read_embeddings(path, cache=None):
-    """npz -> rows of its cache's samples.csv in its order, embeddings (n, D) float32, meta (a dict)."""
+    """An npz of embeddings -> Embeddings, the rows of its cache's samples.csv in its order.
+
+    cache: the folder of the samples; by default where meta says, else of that name beside the npz.
+    UserError: no such file, another content, a cache that is not found or lacks samples of it.
+    """
+    file = read_npz(path)
+    folder = cache or find_cache(path, file.meta)
+    rows = {row["id"]: row for row in read_samples(folder)}
+    missing = len(set(file.ids) - rows.keys())
+    if missing == len(file.ids):
+        raise UserError(f"{path} holds ids that are not in {folder}, none of them: give the cache "
+                        "it is of")
+    if missing:
+        raise UserError(f"{path} holds {missing} ids that are not in {folder}: the cache has "
+                        "changed since: embed it again")
+    return Embeddings([rows[name] for name in file.ids], file.vectors, file.meta)
+
+
+def find_difference(meta, other, keys):
+    """The first of the keys that one of two metas lacks, or that differs; None if they agree."""
+    for key in keys:
+        if key not in meta or key not in other or meta[key] != other[key]:
+            return key
+    return None
+
+
+# ---- embedding a cache --------------------------------------------------------------------------
+class Kept(NamedTuple):
+    """What of an earlier file goes into the new one."""
+    numbers: list  # of rows
+    vectors: torch.Tensor  # (kept, D), of these rows
+    dropped: int  # ids of the earlier file that have no row any more
+
+
+NOTHING_KEPT = Kept([], torch.empty(0, 0), 0)
+
+
+def list_batches(rows, numbers):
+    """Row numbers in lists of at most EMBED_BATCH; the samples of a batch have one shape."""
+    batches = []
+    for shape in sorted({rows[i]["shape"] for i in numbers}):
+        members = [i for i in numbers if rows[i]["shape"] == shape]
+        size = EMBED_BATCH[sample_kind(shape)]
+        for start in range(0, len(members), size):
+            batches.append(members[start:start + size])
+    return batches
+
+
+def embed_batch(x, rows, embedder, device):
+    """Samples (b, C, H, W, S) of b rows -> (b, D), the same whatever else is in the batch."""
+    missing = EMBED_BATCH[sample_kind(x.shape[1:])] - len(x)
+    filling = x[-1:].expand(missing, -1, -1, -1, -1)
+    x = torch.cat([x, filling])  # (EMBED_BATCH, C, H, W, S)
+    names = [f"{row['folder']}/{row['id']}.npy" for row in rows]
+    names += names[-1:] * missing
+    return apply_encoder(embedder, x, names, device)[:len(rows)]
+
+
+def meet_processes(rows, meta):
+    """Join torchrun's processes. UserError unless all read one checkpoint and one samples.csv."""
+    if not dist.is_initialized():
+        # The fastest process waits for the slowest, however long that takes.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    known = hashlib.sha256(json.dumps([meta, rows]).encode()).hexdigest()
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, known)
+    if len(set(answers)) == 1:
+        return
+    if dist.get_rank() > 0:
+        sys.exit(1)  # the first process says why
+    raise UserError("the processes read different checkpoints or tables: one was replaced "
+                    "meanwhile; start again")
+
+
+def gather_rows(vectors, batches, rank, world):
+    """The first process receives, into its vectors (n, D), the rows that the others embedded."""
+    for other in range(1, world):
+        share = batches[other::world]
+        if not share:
+            continue
+        numbers = np.concatenate(share)  # of rows
+        if rank == other:
+            dist.send(vectors[numbers], dst=0)
+        if rank == 0:
+            part = torch.empty(len(numbers), vectors.shape[1])
+            dist.recv(part, src=other)
+            vectors[numbers] = part
+
+
+def find_unchanged(rows, file, written):
+    """Numbers of the rows that a file, written at that time (ns), holds and that are older."""
+    stored = set(file.ids)
+    numbers = []
+    for i, row in enumerate(rows):
+        array = Path(row["folder"], f"{row['id']}.npy")
+        if row["id"] not in stored or not array.exists():
+            continue
+        # An old array that was put in its place lately has an old mtime, but a new ctime.
+        status = array.stat()
+        if max(status.st_mtime_ns, status.st_ctime_ns) < written:
+            numbers.append(i)
+    return numbers
+
+
+def find_kept(rows, embedder, out, device):
+    """What of an existing file `out` may stay -> Kept. If nothing may, one line says why.
+
+    The file must be of this encoder and cache. One sample of each shape is embedded again, because
+    a foreign encoder may have other weights by now, and another machine gives other digits.
+    """
+    folder = rows[0]["folder"]
+    written = os.stat(out).st_mtime_ns  # before it is read: another run may replace it
     try:
-        with np.load(path, allow_pickle=False) as file:
-            x, ids = file["embeddings"], file["ids"]
-            meta = {"code_sha256": ""} | json.loads(str(file["meta"])) if "meta" in file else {}
-        good = x.dtype.kind + ids.dtype.kind == "fU" and x.ndim == 2 and np.isfinite(x).all()
-        if not good or not 0 < len(np.unique(ids)) == len(ids) == len(x):
-            raise ValueError("it needs finite embeddings (n, D) and n different ids")
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no embedding file ({error}): make it with embed.py") from None
-    rows = {row["id"]: row for row in read_samples(cache or meta.get("cache", ""))}
-    if not rows.keys() >= set(ids.tolist()):
-        raise UserError(f"{path} holds ids that are not in {cache or meta['cache']}: give the cache it is of")
-    return Embeddings([rows[i] for i in ids.tolist()], x.astype(np.float32), meta)
+        file = read_npz(out)
+    except UserError as error:
+        print(f"{error}; all samples are embedded anew")
+        return NOTHING_KEPT
+    differs = find_difference(file.meta, embedder.meta | {"sizes": read_sizes(folder)}, MUST_MATCH)
+    if differs:
+        print(f"{out} is of another encoder (it says no {differs}, or another): all samples are "
+              "embedded anew")
+        return NOTHING_KEPT
+    cache = file.meta.get("cache", "")
+    if os.path.realpath(cache) != os.path.realpath(folder):
+        print(f"{out} is of another cache ({cache}): all samples are embedded anew")
+        return NOTHING_KEPT
+
+    # The samples that have not changed since keep their embeddings.
+    numbers = find_unchanged(rows, file, written)
+    place = {name: i for i, name in enumerate(file.ids)}
+    places = [place[rows[i]["id"]] for i in numbers]
+    vectors = torch.from_numpy(file.vectors[places])  # (kept, D)
+    dropped = len(set(file.ids) - {row["id"] for row in rows})
+
+    # The first of each shape must come out the same.
+    first_of_shape = {}
+    for i, vector in zip(numbers, vectors):
+        first_of_shape.setdefault(rows[i]["shape"], (i, vector))
+    for i, vector in first_of_shape.values():
+        x = torch.from_numpy(load_sample(folder, rows[i]))[None]  # (1, C, H, W, S)
+        answer = embed_batch(x, [rows[i]], embedder, device)[0]  # (D,)
+        if not torch.equal(answer, vector):
+            print(f"{out} is not what this encoder gives here and now (other weights, machine, "
+                  "torch or number of threads): all samples are embedded anew")
+            return NOTHING_KEPT
+    return Kept(numbers, vectors, dropped)
 
 
+def embed_share(vectors, rows, batches, embedder, device, workers, quiet):
+    """Embed batches into their rows of vectors (n, D), which is made if it is None -> vectors."""
+    loader = DataLoader(CachedDataset(rows), batch_sampler=batches, num_workers=workers,
+                        collate_fn=stack)
+    bar = tqdm(loader, desc="embed", unit="batch", disable=quiet, leave=False)
+    for batch, x in zip(batches, bar):
+        found = embed_batch(x, [rows[i] for i in batch], embedder, device)  # (b, D)
+        if vectors is None:
+            vectors = torch.empty(len(rows), found.shape[1])
+        if found.shape[1] != vectors.shape[1]:
+            raise UserError(f"the encoder gave vectors of {vectors.shape[1]} numbers, and of "
+                            f"{found.shape[1]}")
+        vectors[batch] = found
+    return vectors
+
+
+def plan_work(rows, embedder, out, device, rank, world):
+    """What of `out` is kept (known to the first process), and the numbers of the rows to embed."""
+    kept = NOTHING_KEPT
+    if rank == 0 and os.path.exists(out):
+        kept = find_kept(rows, embedder, out, device)
+    todo = sorted(set(range(len(rows))) - set(kept.numbers))
+    if world > 1:
+        message = [todo]
+        dist.broadcast_object_list(message, src=0)
+        todo = message[0]
+    return kept, todo
+
+
+def embed_rows(rows, embedder, out, device="cpu", workers=2):
+    """Embed rows of one cache into the file `out`, by what load_embedder gave.
+
+    What `out` already holds of the same encoder and cache is kept, and only the rest is embedded:
+    the file is, to the last digit, what embedding all gives. torchrun's processes share the work.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        meet_processes(rows, embedder.meta)
+
+    # The first process decides what is kept and what is embedded.
+    started = time.time_ns()
+    kept, todo = plan_work(rows, embedder, out, device, rank, world)
+
+    # Every process embeds its share of the batches, and the first gathers them.
+    vectors = None  # (n, D)
+    if kept.numbers:
+        vectors = torch.empty(len(rows), kept.vectors.shape[1])
+        vectors[kept.numbers] = kept.vectors
+    batches = list_batches(rows, todo)
+    mine = batches[rank::world]
+    vectors = embed_share(vectors, rows, mine, embedder, device, workers, quiet=rank > 0)
+    gather_rows(vectors, batches, rank, world)
+    if rank > 0:
+        return
+
+    # The file bears the time of the start: a sample that was written since is newer.
+    write_npz(out, rows, vectors, embedder)
+    os.utime(out, ns=(started, started))
+    print(f"{len(rows)} embeddings in {out}: {len(kept.numbers)} kept, {len(todo)} embedded, "
+          f"{kept.dropped} dropped")
+
+
+# ---- search by file -----------------------------------------------------------------------------
 def picture(sample, caption, colour=(90, 90, 90), size=192):
-    """Sample (C, H, W, S) -> its middle slice, framed, two lines of caption below: (3, y, x) in [0, 1]."""
-    middle = unit(torch.as_tensor(sample))[..., sample.shape[-1] // 2].expand(3, -1, -1)  # (3, H, W)
-    image = Image.fromarray((middle.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
-    tile = ImageOps.expand(ImageOps.pad(image, (size, size)), border=(6, 6, 6, 36), fill=colour)
-    ImageDraw.Draw(tile).text((8, size + 6), caption, fill="white", font=ImageFont.load_default(11))
+    """Sample (C, H, W, S) -> its middle slice, framed, and a caption below: (3, y, x) in [0, 1]."""
+    middle = torch.as_tensor(sample)[..., sample.shape[-1] // 2]  # (C, H, W)
+    grey_levels = (unit(middle).clamp(0, 1) * 255).byte().expand(3, -1, -1)  # (3, H, W)
+    image = Image.fromarray(grey_levels.permute(1, 2, 0).numpy())
+    tile = ImageOps.pad(image, (size, size))
+    tile = ImageOps.expand(tile, border=(6, 6, 6, 36), fill=colour)  # left, top, right, bottom
+    font = ImageFont.load_default(11)
+    ImageDraw.Draw(tile).text((8, size + 6), caption, fill="white", font=font)
     return torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255  # (3, y, x)
 
 
-def search_file(path, galleries, top=3, figure=None, checkpoint=None, modality=None, device="cpu"):
-    """Embed one medical file as the galleries were and print its nearest samples; the figure has no path."""
-    rows, vectors, metas = zip(*map(read_embeddings, galleries))
-    rows, paths = sum(rows, []), {}
-    for gallery, meta in zip(galleries, metas):
-        differ = [key for key in MUST_MATCH if key not in meta or meta[key] != metas[0].get(key)]
-        if differ:
-            raise UserError(f"{gallery} says no {differ[0]}, or another than {galleries[0]}: embed again")
-        if os.access(f"{meta['cache']}/sources.csv", os.R_OK):  # only its owner may read it
-            lines = csv.DictReader(Path(meta["cache"], "sources.csv").read_text("utf-8").split("\n"))
-            paths |= {line["id"]: line["path"] for line in lines}
-    embed, own, _ = load_embedder(meta["encoder"], checkpoint or meta["checkpoint"], device)
-    if any(own[key] != meta[key] for key in MUST_MATCH[:-1]):
-        raise UserError(f"{checkpoint or own['encoder']} is not what made {gallery}: give its --checkpoint")
-    known = [*{row["modality"] for row in rows}]
-    modality, sample = read_any(path, modality, known[0] if len(known) == 1 else None, **meta["sizes"])
-    query = apply_encoder(embed, torch.from_numpy(sample)[None], [path], device)  # (1, D)
-    scores, indices = search(query, np.concatenate(vectors), top)  # (1, k)
-    tiles = [picture(sample, f"query ({modality})")]
-    print("rank  cosine  modality    labels  id  file")
-    for place, (score, i) in enumerate(zip(scores[0].tolist(), indices[0].tolist()), start=1):
-        row, kind, labels = rows[i], rows[i]["modality"], " | ".join(rows[i]["labels"])
-        print(f"{place:4}  {score:6.3f}  {kind:10}  {labels}  {row['id']}  {paths.get(row['id'], '')}")
-        tiles.append(picture(load_sample(row["folder"], row), f"{place}. {score:.3f} {kind}\n{labels}"))
-    if figure:
-        save_montage(figure, [tiles])
+class Query(NamedTuple):
+    """A file that is looked for."""
+    path: str
+    vector: torch.Tensor  # (D,)
+    tile: torch.Tensor  # (3, y, x), its picture
+
+
+def read_paths(folder):
+    """{id: path of the source file} of a cache; {} for all but its owner."""
+    table = Path(folder, "sources.csv")  # which its owner alone may read
+    if not os.access(table, os.R_OK):
+        return {}
+    with open(table, encoding="utf-8", newline="") as file:
+        return {line["id"]: line["path"] for line in csv.DictReader(file)}
+
+
+def read_galleries(paths, caches):
+    """Embedding files of one encoder -> list of Embeddings.
+
+    caches: where theirs are, one for all or one for each; None: where read_embeddings finds them.
+    """
+    caches = caches or [None]
+    if len(caches) == 1:
+        caches = caches * len(paths)
+    galleries = []
+    samples = set()
+    for path, cache in zip(paths, caches):
+        gallery = read_embeddings(path, cache)
+        galleries.append(gallery)
+        differs = find_difference(gallery.meta, galleries[0].meta, MUST_MATCH)
+        if differs:
+            raise UserError(f"{path} says no {differs}, or another than {paths[0]}: embed again")
+
+        folder = os.path.realpath(gallery.rows[0]["folder"])
+        own = {(folder, row["id"]) for row in gallery.rows}
+        if own & samples:
+            raise UserError(f"{path} holds samples that another gallery holds: name them once")
+        samples |= own
+    return galleries
+
+
+def load_gallery_encoder(galleries, paths, checkpoint, device):
+    """The Embedder that made the galleries of these paths. UserError if it is another by now."""
+    meta = galleries[0].meta
+    checkpoint = checkpoint or meta["checkpoint"]
+    if checkpoint and not os.path.exists(checkpoint):
+        raise UserError(f"{paths[0]}: its {checkpoint} is not there: give --checkpoint FILE")
+    embedder = load_embedder(meta["encoder"], checkpoint, device)
+    source = checkpoint or meta["encoder"]
+    if find_difference(embedder.meta, meta, SAME_ENCODER):
+        raise UserError(f"{source} is not what made {paths[0]}: give its --checkpoint")
+    if not meta["code_sha256"]:
+        return embedder
+
+    # The weights of a foreign encoder are unknown: its answer to one sample of each gallery tells.
+    for gallery, path in zip(galleries, paths):
+        row = gallery.rows[0]
+        x = torch.from_numpy(load_sample(row["folder"], row))[None]  # (1, C, H, W, S)
+        answer = apply_encoder(embedder, x, [row["id"]], device)[0]  # (D,)
+        stored = torch.from_numpy(gallery.vectors[0])  # (D,)
+        same_width = len(answer) == len(stored)
+        if not same_width or (answer - stored).norm() > ANSWER_TOLERANCE * stored.norm():
+            raise UserError(f"{source} no longer gives what is in {path}: embed its cache again")
+    return embedder
+
+
+def read_queries(paths, modality, likely, sizes, embedder, device):
+    """Embed medical files, prepared in these sizes -> list of Query; stderr names those refused.
+
+    modality: what all files are; likely: what those are that do not say it. Both may be None.
+    """
+    queries = []
+    for path in paths:
+        try:
+            shown, sample = read_any(path, modality, likely, **sizes)
+            vector = apply_encoder(embedder, sample[None], [path], device)[0]  # (D,)
+        except (UserError, OSError) as error:
+            reason = str(error)
+            if str(path) not in reason:
+                reason = f"{path}: {reason}"
+            print(f"embed.py: {reason}", file=sys.stderr)
+        else:
+            queries.append(Query(path, vector, picture(sample, f"query ({shown})")))
+    return queries
+
+
+def list_hits(query, scores, indices, rows, sources):
+    """The hits of a query, best first, each as HIT_COLUMNS; sources: {cache: {id: path}}."""
+    hits = []
+    for rank, (score, i) in enumerate(zip(scores.tolist(), indices.tolist()), start=1):
+        row = rows[i]
+        labels = "|".join(row["labels"])
+        path = sources[row["folder"]].get(row["id"], "")
+        hits.append([query.path, rank, f"{score:.6f}", row["modality"], labels, row["folder"],
+                     row["id"], path])
+    return hits
+
+
+def format_table(lines, delimiter):
+    """Lines of HIT_COLUMNS -> the bytes of a table that csv readers take, the header first."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    table.writerow(HIT_COLUMNS)
+    table.writerows(lines)
+    # The name of a file may be no UTF-8.
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def draw_hits(path, queries, scores, indices, rows):
+    """Write a picture: every query begins a row, its hits follow behind it. No path is on it."""
+    lines = []
+    for query, query_scores, query_indices in zip(queries, scores.tolist(), indices.tolist()):
+        tiles = [query.tile]
+        for rank, (score, i) in enumerate(zip(query_scores, query_indices), start=1):
+            row = rows[i]
+            caption = f"{rank}. {score:.3f} {row['modality']}\n{' | '.join(row['labels'])}"
+            tiles.append(picture(load_sample(row["folder"], row), caption))
+        for start in range(0, len(tiles), TILES_IN_A_ROW):
+            lines.append(tiles[start:start + TILES_IN_A_ROW])
+    save_montage(path, lines)
+
+
+def search_files(args, device):
+    """Embed the files of --search as the galleries were, and print or write their nearest samples.
+
+    Returns the number of files that were refused.
+    """
+    # The samples of all galleries are searched as one.
+    galleries = read_galleries(args.gallery, args.caches)
+    embedder = load_gallery_encoder(galleries, args.gallery, args.checkpoint, device)
+    rows = []
+    for gallery in galleries:
+        rows += gallery.rows
+
+    # A file that does not say its modality has the galleries', if they hold one only.
+    modalities = {row["modality"] for row in rows}
+    likely = modalities.pop() if len(modalities) == 1 else None
+    sizes = galleries[0].meta["sizes"]
+    queries = read_queries(args.search, args.modality, likely, sizes, embedder, device)
+    if not queries:
+        return len(args.search)
+
+    query_vectors = torch.stack([query.vector for query in queries])  # (m, D)
+    gallery_vectors = np.concatenate([gallery.vectors for gallery in galleries])  # (n, D)
+    scores, indices = search(query_vectors, gallery_vectors, args.top or 3)  # (m, k) each
+
+    sources = {folder: read_paths(folder) for folder in {row["folder"] for row in rows}}
+    hits = []
+    for i, query in enumerate(queries):
+        hits += list_hits(query, scores[i], indices[i], rows, sources)
+    if args.out:
+        # Only its owner may read it, as sources.csv: the path of a file can identify a patient.
+        with atomic_write(args.out, mode=0o600) as file:
+            file.write(format_table(hits, ","))
+        print(f"{len(hits)} hits of {len(queries)} files in {args.out}")
+    else:
+        print(format_table(hits, "\t").decode(), end="")
+    if args.figure:
+        draw_hits(args.figure, queries, scores, indices, rows)
+    return len(args.search) - len(queries)
+
+
+# ---- command line -------------------------------------------------------------------------------
+def check_arguments(parser, args):
+    """What does not go together ends here, with exit code 2, a message for each mistake."""
+    if args.folder is None and args.search is None:
+        parser.error("give a cache folder to embed, or --search FILE with --gallery NPZ")
+    if args.folder and args.search:
+        parser.error(f"{args.folder} would be embedded, --search looked for: give one of the two")
+    if args.search and not args.gallery:
+        parser.error("--search needs a --gallery NPZ, made by embedding a cache")
+    if args.search and (args.encoder or args.workers is not None):
+        parser.error("--encoder and --workers are of embedding: a search has the gallery's encoder")
+    if args.folder and (args.gallery or args.caches or args.top or args.modality or args.figure):
+        parser.error("--gallery, --cache, --top, --modality and --figure belong to --search")
+    if args.caches and len(args.caches) not in (1, len(args.gallery)):
+        parser.error("give one --cache for all of --gallery, or one for each")
+    if args.workers is not None and args.workers < 0:
+        parser.error("--workers counts from 0")
+    if args.top is not None and args.top < 1:
+        parser.error("--top counts from 1")
+    ending = ".csv" if args.search else ".npz"
+    if args.out and not args.out.endswith(ending):
+        parser.error(f"--out {args.out}: this file must end in {ending}")
+    if args.figure and Path(args.figure).suffix.lower() not in PICTURE_FORMATS:
+        endings = ", ".join(PICTURE_FORMATS)
+        parser.error(f"--figure {args.figure}: this file must end in one of {endings}")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    flag = parser.add_argument
+    flag("folder", nargs="?", metavar="cache", help="folder to embed, cache/NAME")
+    flag("--checkpoint", help="runs/NAME/checkpoint.pt; with --search: if the gallery's has moved")
+    flag("--encoder", help="m3ret (default), random, pixels or module:function (docs/baselines.md)")
+    flag("--out", help="file to write: .npz (default emb.npz), with --search .csv (default: print)")
+    flag("--workers", type=int, help="reading processes (default 2); more if the GPU waits")
+    search_flags = parser.add_argument_group("search").add_argument
+    search_flags("--search", nargs="+", metavar="FILE",
+                 help="what to look for: DICOM files, series folders, NIfTI, images or videos")
+    search_flags("--gallery", nargs="+", metavar="NPZ", help="what to search: files of one encoder")
+    search_flags("--cache", nargs="+", dest="caches", metavar="FOLDER",
+                 help="where the galleries' caches are now, one for all or one each (if moved)")
+    search_flags("--top", type=int, help="hits of a file (default 3)")
+    search_flags("--modality", choices=MODALITIES,
+                 help="of the files; default: their DICOM tag, or the gallery's only one")
+    search_flags("--figure", metavar="PNG", help="draw the files and their hits (.png, .jpg)")
+    args = parser.parse_args()
+    check_arguments(parser, args)
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    flag = parser.add_argument
-    flag("cache", nargs="?", help="folder to embed, cache/NAME")
-    flag("--checkpoint", help="runs/NAME/checkpoint.pt; with --search: if the gallery's has moved")
-    flag("--encoder", default="m3ret", help="m3ret, random, pixels or module:function (docs/baselines.md)")
-    flag("--out", default="emb.npz", help="file to write (default emb.npz)")
-    flag("--workers", type=int, default=2, help="reading processes (default 2); more if the GPU waits")
-    flag("--search", metavar="FILE", help="DICOM file, series folder, NIfTI, image or video to look for")
-    flag("--gallery", nargs="+", metavar="NPZ", help="what to search: files of one encoder and checkpoint")
-    flag("--top", type=int, default=3, help="results of a search (default 3)")
-    flag("--modality", choices=MODALITIES, help="of FILE; default: its DICOM tag, or the gallery's only one")
-    flag("--figure", metavar="PNG", help="draw the query and its results")
-    args = parser.parse_args()
-    if bool(args.cache) == bool(args.search) or bool(args.search) != bool(args.gallery) or args.workers < 0:
-        parser.error("give a cache folder, or --search FILE with --gallery NPZ; --workers counts from 0")
+    args = parse_arguments()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if args.search:
-        search_file(args.search, args.gallery, args.top, args.figure, args.checkpoint, args.modality, device)
-    else:
-        embedder = load_embedder(args.encoder, args.checkpoint, device)
-        embed_rows(read_samples(args.cache), embedder, args.out, device, args.workers)
+        if search_files(args, device) > 0:
+            sys.exit(1)  # a file was refused
+        return
+
+    embedder = load_embedder(args.encoder or "m3ret", args.checkpoint, device)
+    workers = 2 if args.workers is None else args.workers
+    embed_rows(read_samples(args.folder), embedder, args.out or "emb.npz", device, workers)
 
 
 if __name__ == "__main__":

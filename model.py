@@ -9,8 +9,10 @@ d projected width; V views; K neighbours; m samples in a coding rate.
 """
 import contextlib
 import hashlib
+import json
 import math
 from collections import OrderedDict
+from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
@@ -25,6 +27,7 @@ ARCHS = {"vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12),  
 PATCH_SIZE, FRAMES = (16, 16, 4), 16  # Sec. 3.1; a patch has 3 channels besides, a video so many frames
 REFERENCE_GRID = 16  # cells per axis that positions are measured in: 256 / 16 in plane and 64 / 4 over slices
 RECOMPUTE_ABOVE = 4096  # tokens; longer sequences (8-pixel patches on volumes) recompute their activations
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of save_montage, by the end of the name
 LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_token")  # of --init's networks
 
 
@@ -243,6 +246,15 @@ def read_checkpoint(path):
         return dict(torch.load(file, map_location="cpu", weights_only=True)) | {"sha256": sha256}
 
 
+def weights_sha256(encoder):
+    """A hash of what an encoder computes: its config and its weights, wherever they are stored -> hex digits."""
+    digest = hashlib.sha256(json.dumps(encoder.config, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_encoder(path, device="cpu", state=None):
     """Checkpoint file -> the ViT that embeds, in eval mode; the file says its architecture."""
     state = state or read_checkpoint(path)
@@ -293,7 +305,13 @@ def read_picture_flags(parser, out):
 
 
 def save_montage(path, rows, gap=4):
-    """Write rows of tiles, each (3, H, W) in [0, 1], as one PNG: columns as wide as the widest tile."""
+    """Write rows of tiles, each (3, H, W) in [0, 1], as one picture, a PNG or JPEG as its name says.
+
+    Columns are as wide as the widest tile. UserError: another ending of the name.
+    """
+    file_format = PICTURE_FORMATS.get(Path(path).suffix.lower())
+    if file_format is None:
+        raise UserError(f"{path}: the name of a picture must end in {', '.join(PICTURE_FORMATS)}")
     heights = [gap + max(tile.shape[1] for tile in row) for row in rows]
     width = gap + max(tile.shape[2] for row in rows for tile in row)
     sheet = torch.full((3, sum(heights), max(map(len, rows)) * width), 0.25)
@@ -302,4 +320,4 @@ def save_montage(path, rows, gap=4):
             sheet[:, sum(heights[:i]):, j * width:][:, :tile.shape[1], :tile.shape[2]] = tile
     pixels = (sheet[:, :-gap, :-gap].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (height, width, 3)
     with atomic_write(path) as file:
-        Image.fromarray(pixels.numpy()).save(file, format="PNG")
+        Image.fromarray(pixels.numpy()).save(file, format=file_format)

@@ -31,8 +31,8 @@ def home(tmp_path_factory):
     save_checkpoint(home / "mae.pt", ViT("vit_xs", (8, 8, 4)), flags="{}", step=1, ids=torch.zeros(0, dtype=torch.int64))
     (home / "text.pt").write_text("hello")
     ids = [line.split(",")[0] for line in (home / "cache" / "small" / "samples.csv").read_text().splitlines()[1:]]
-    meta = {"encoder": "pixels", "pool": "", "checkpoint": "", "checkpoint_sha256": "", "code_sha256": "",
-            "cache": "cache/small", "sizes": {"size": 32, "slices": 8, "frames": 16}}
+    meta = {"encoder": "pixels", "pool": "", "checkpoint": "", "checkpoint_sha256": "", "weights_sha256": "",
+            "code_sha256": "", "cache": "cache/small", "sizes": {"size": 32, "slices": 8, "frames": 16}}
     np.savez(home / "emb.npz", embeddings=np.eye(8, 1024, dtype=np.float32), ids=np.array(ids), meta=json.dumps(meta))
     np.savez(home / "none.npz", embeddings=np.zeros((0, 4), np.float32), ids=np.array([], str), meta="{}")
     return home
