@@ -19,16 +19,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from embed import MUST_MATCH, embed_rows, load_embedder, picture, read_embeddings
+from embed import SAME_ENCODER, embed_rows, load_embedder, picture, read_embeddings, read_npz
 from model import as_user_error, save_montage
 from prepare import UserError, atomic_write, cli, load_sample, read_samples
 
 TOP_K = 10  # places of a list that MnR, MdR and P@10 look at
 KS = (1, 5, 10)  # K of R@K
-QUERY_BLOCK = 1024  # queries scored at a time, which bounds the memory
+QUERY_BLOCK = 256  # queries scored at a time: bounds the memory, and fits the processor's cache
 
 METRICS = ("R@1", "R@5", "R@10", "MnR", "MdR", "P@10")  # the paper has the first five
-TABLE_METRICS = ("R@1", "R@5", "R@10", "P@10", "MnR", "MdR")  # in the order of the printed table
+TABLE_METRICS = ("R@1", "R@5", "R@10", "P@10", "MnR", "MdR")  # in the order of our table
 PROBE_METRICS = ("F1", "precision", "accuracy", "AUROC")
 
 # CHOICE: the paper names no regularisation of its probe; the best of these is taken.
@@ -51,8 +51,17 @@ PAPER = {
     "xray -> ct": ((.310, .552, .625, 7.403, 7.396), (.285, .502, .581, 7.851, 7.836)),
     "mri -> xray": ((.055, .162, .217, 9.802, 9.792), (.152, .306, .373, 8.787, 8.798)),
     "xray -> mri": ((.130, .200, .242, 9.718, 9.717), (.165, .382, .482, 8.383, 8.388)),
-    "18 findings": ((.178, .355, .824, .749), (.313, .624, .840, .797)),
-    "body parts": ((.785, .782, .785, .964), (.954, .954, .955, .997))}
+    "18 ct findings": ((.178, .355, .824, .749), (.313, .624, .840, .797)),
+    "mri parts": ((.785, .782, .785, .964), (.954, .954, .955, .997))}
+
+# Table 4: M3Ret pretrained on the modality of the task alone, and on all modalities; as METRICS.
+PAPER_TABLE_4 = {
+    "chestxray14": ((.295, .650, .785, 6.343, 6.314), (.323, .665, .795, 6.259, 6.220)),
+    "fetal_planes": ((.926, .980, .991, 5.449, 5.427), (.934, .980, .991, 5.468, 5.453)),
+    "kvasir_capsule": ((.534, .825, .918, 5.411, 5.340), (.548, .834, .901, 5.431, 5.353)),
+    "hyper_kvasir": ((.360, .673, .755, 6.754, 6.780), (.432, .673, .736, 6.700, 6.672)),
+    "regional_abnormality": ((.053, .194, .296, 9.344, 9.343), (.053, .195, .295, 9.340, 9.342)),
+    "lesion_size": ((.015, .045, .075, 10.543, 10.543), (.013, .043, .076, 10.562, 10.562))}
 
 # Modalities of the queries and of the gallery: those of Table 3, and those of the demo.
 DIRECTIONS = [("ct", "mri"), ("mri", "ct"), ("ct", "xray"), ("xray", "ct"), ("mri", "xray"),
@@ -77,8 +86,10 @@ class Setting(NamedTuple):
     gallery: list  # rows too; a query that is among them is excluded from its own list
     label_prefix: str = ""  # as in Task
     relevance: str = "any"
+    paper: tuple = ()  # the rows that the paper has of it
 
 
+# Who takes part in a task: functions of a row of samples.csv.
 def everyone(row):
     return True
 
@@ -110,11 +121,12 @@ TASKS = {
     "lesion_size": Task(everyone, "radgenome", 25687, "size:", "all"),
     "cross_modal": Task(is_not_for_training, label_prefix="part:"),
     "demo": Task(is_not_for_training, "demo", label_prefix="part:"),
+    "within": Task(is_not_for_training),
     "probe": Task(everyone, "ct_rate")}
 
 
 def column(rows, key):
-    """One column of samples.csv, of these rows."""
+    """The values that rows have in a column of samples.csv."""
     return [row[key] for row in rows]
 
 
@@ -129,6 +141,7 @@ def labels_of(row, prefix):
 
 
 def label_lists(rows, prefix):
+    """The labels with the prefix of each row."""
     return [labels_of(row, prefix) for row in rows]
 
 
@@ -149,10 +162,18 @@ def task_rows(args):
     return rows
 
 
+def each_id_once(rows):
+    """Rows without those whose id came before: it is one sample, in however many caches it lies."""
+    first = {}
+    for row in rows:
+        first.setdefault(row["id"], row)
+    return list(first.values())
+
+
 def paper_setting(name, rows):
     """The setting of a task on a public data set (Tables 1, 2): leave-one-out among its samples."""
     task = TASKS[name]
-    gallery = [row for row in rows if task.takes_part(row)]
+    gallery = [row for row in each_id_once(rows) if task.takes_part(row)]
     # CHOICE: samples without a label of this task ask nothing, and are candidates only.
     queries = [row for row in gallery if labels_of(row, task.label_prefix)]
     print(f"{name}: found {len(gallery):,} samples, paper {task.paper_size:,}; "
@@ -160,30 +181,63 @@ def paper_setting(name, rows):
     if not queries:
         raise UserError(f"{name}: no sample has the split and labels it needs: "
                         f"prepare.py {task.cache}")
-    return Setting(name, queries, gallery, task.label_prefix, task.relevance)
+    return Setting(name, queries, gallery, task.label_prefix, task.relevance, PAPER[name])
+
+
+def group_samples(task, rows, key_of):
+    """Rows that can ask and answer -> {key_of(row): rows}, which are queries and gallery in one.
+
+    CHOICE: samples of a training split, or without a label of the task, take no part.
+    """
+    groups = {}
+    for row in rows:
+        if task.takes_part(row) and labels_of(row, task.label_prefix):
+            groups.setdefault(key_of(row), []).append(row)
+    return {key: each_id_once(members) for key, members in groups.items()}
 
 
 def body_part_settings(name, rows):
     """Settings by modality: Table 3's directions; for the demo each modality by itself as well."""
     task = TASKS[name]
-    sets = {}  # {modality: rows}, as queries and as gallery
-    for row in rows:  # CHOICE: samples of a training split, or without a body part, take no part
-        if task.takes_part(row) and labels_of(row, task.label_prefix):
-            sets.setdefault(row["modality"], []).append(row)
-
+    sets = group_samples(task, rows, lambda row: row["modality"])
     settings = []
+    directions = DIRECTIONS
     if name == "demo":
+        directions = DEMO_DIRECTIONS
         for modality, members in sets.items():
             settings.append(Setting(modality, members, members, task.label_prefix))
-    for asking, searched in DEMO_DIRECTIONS if name == "demo" else DIRECTIONS:
+
+    for asking, searched in directions:
         if asking in sets and searched in sets:
-            settings.append(Setting(f"{asking} -> {searched}", sets[asking], sets[searched],
-                                    task.label_prefix))
+            direction = f"{asking} -> {searched}"
+            paper = () if name == "demo" else PAPER[direction]  # phantoms are not its data
+            settings.append(Setting(direction, sets[asking], sets[searched], task.label_prefix,
+                                    paper=paper))
+
     if not settings:
         counts = [f"{len(members):,} {modality}" for modality, members in sorted(sets.items())]
         raise UserError(f"{name}: body parts as labels (prepare.py folder --labels) are needed in "
                         "two of ct, mri, xray, outside training splits; "
                         f"found {', '.join(counts) or 'none'}. --cache names folders")
+    return settings
+
+
+def archive_settings(name, rows):
+    """Settings of one's own archives: each modality of each cache by itself, by any labels."""
+    groups = group_samples(TASKS[name], rows, lambda row: (row["folder"], row["modality"]))
+    if not groups:
+        raise UserError(f"{name}: no sample outside training splits has a label: "
+                        "prepare.py folder --labels; --cache names folders")
+
+    # An archive is called by its folder, and by its whole path if two folders have this name.
+    folders = {folder for folder, _ in groups}
+    folder_names = [Path(folder).name for folder in folders]
+    settings = []
+    for (folder, modality), members in groups.items():
+        archive = Path(folder).name
+        if folder_names.count(archive) > 1:
+            archive = folder
+        settings.append(Setting(f"{archive} {modality}", members, members))
     return settings
 
 
@@ -262,34 +316,55 @@ def bootstrap(values, draws=1000, seed=0):
 
 
 def auroc(scores, positive):
-    """Area under the ROC curve of scores (n,), positive (n,) bool: of all pairs of a positive and
-    a negative the share in which the positive scores higher, where a tie counts half."""
+    """Area under the ROC curve of scores (n,) of samples that are positive (n,) bool or negative.
+
+    It is the share of all pairs of a positive and a negative in which the positive scores higher,
+    where a tie counts half: P(s+ > s-) + P(s+ = s-) / 2.
+    """
     negatives = np.sort(scores[~positive])
     positives = scores[positive]
-    below = np.searchsorted(negatives, positives, "left")  # negatives below each positive
-    not_above = np.searchsorted(negatives, positives, "right")  # and those equal to it
+    below = np.searchsorted(negatives, positives, "left")  # how many negatives are below each
+    not_above = np.searchsorted(negatives, positives, "right")  # how many are below or equal
     return (below + not_above).mean() / 2 / len(negatives)
 
 
-def rank_block(scores, relevant, excluded):
-    """Scores of a block of queries (b, n), and which candidates are relevant, which excluded,
-    (b, n) bool -> what evaluate_retrieval returns of these queries, but for the metrics."""
-    # What is excluded comes last and counts nowhere.
-    scores[excluded] = -torch.inf
-    relevant[excluded] = False
+def first_rank(scores, relevant):
+    """The rank of the first relevant candidate, (m,) float64, among scores (m, n), relevant (m, n).
 
-    top = scores.topk(min(TOP_K, scores.shape[1]), dim=1).indices  # (b, k)
-    best_relevant = torch.where(relevant, scores, -torch.inf).amax(dim=1, keepdim=True)  # (b, 1)
-    above = (scores > best_relevant).sum(dim=1, dtype=torch.int32)  # (b,)
-    return {"top": top,
-            "hit": relevant.gather(1, top),  # (b, k)
-            "relevant": relevant.sum(dim=1, dtype=torch.int32),  # (b,)
-            "candidates": (~excluded).sum(dim=1, dtype=torch.int32),  # (b,)
-            "first": 1 + above}
+    If r relevant and u irrelevant candidates share the best relevant score, it is
+    1 + number above + u / (r + 1), the mean over all orders of these r + u: each that ties with a
+    single relevant one counts half, and an encoder that gives all samples one vector has the rank
+    of a random order. Without relevant ones it is 1 + n, less what is excluded (score -inf).
+    """
+    relevant_scores = torch.where(relevant, scores, -torch.inf)  # (m, n)
+    best = relevant_scores.amax(dim=1, keepdim=True)  # (m, 1)
+    above = (scores > best).sum(dim=1, dtype=torch.int32)  # (m,)
+    equal = (scores == best).sum(dim=1, dtype=torch.int32)  # (m,) r + u
+
+    # Faster: hardly any query has equal scores, and for the others r = 1.
+    several = equal > 1  # (m,)
+    equal_relevant = torch.ones_like(equal)  # (m,) r
+    is_best = relevant_scores[several] == best[several]
+    equal_relevant[several] = is_best.sum(dim=1, dtype=torch.int32)
+
+    rank = 1 + above + (equal - equal_relevant).double() / (equal_relevant + 1)  # (m,)
+    return torch.where(best[:, 0] > -torch.inf, rank, 1 + above)
+
+
+def comparable_vectors(queries, gallery):
+    """Embeddings (m, D), (n, D) -> float32 whose products order the gallery as the cosines do."""
+    q = F.normalize(torch.as_tensor(queries).double(), dim=1)  # (m, D)
+    g = F.normalize(torch.as_tensor(gallery).double(), dim=1)  # (n, D)
+    # To subtract one vector from all candidates takes the same from all scores of a query. Without
+    # their mean, float32, three times as fast as float64, tells apart what lies close together, as
+    # candidates of a collapsed encoder do. Without the first, equal ones become exact zeros.
+    g = g - g[:1]
+    g = g - g.mean(dim=0)
+    return q.float(), g.float()
 
 
 def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(), relevance="any"):
-    """Rank the gallery for every query by cosine similarity -> dict of arrays, a row for a query.
+    """Rank the gallery for every query by cosine similarity (Sec. 4.1) -> dict of arrays.
 
     queries (m, D), gallery (n, D): embeddings; query_labels, gallery_labels: m and n label sets.
     relevance: a candidate is relevant if it shares a label with the query ("any"), or has all of
@@ -297,19 +372,13 @@ def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(
     exclude: pairs of lists of strings, m and n. A candidate whose string is the query's is no
     candidate for it; an empty string excludes nothing.
 
-    top (m, k): the numbers of the best k = min(10, n) candidates; hit (m, k): whether each is
-    relevant. (m,) each: relevant, candidates: how many there are; first: the rank of the first
-    relevant one, one behind the last candidate if there is none; R@K: whether a relevant one is
-    among the first K; P@10: the relevant share of the list; MnR, MdR: see mean_and_median_rank.
+    top (m, k): numbers of the best k = min(10, n) candidates; hit (m, k): which are relevant;
+    relevant, candidates (m,): how many there are; first (m,): see first_rank; R@K (m,): is any of
+    the first K relevant; P@10 (m,): relevant share of the list; MnR, MdR: mean_and_median_rank.
     """
-    q = F.normalize(torch.as_tensor(queries).double(), dim=1)  # (m, D)
-    g = F.normalize(torch.as_tensor(gallery).double(), dim=1)  # (n, D)
-    # The mean candidate adds the same to all scores of a query, so that it may be left out. Then
-    # float32, three times as fast as float64, tells apart what lies close together, as the
-    # candidates of a collapsed encoder do.
-    g = g - g.mean(dim=0)
-    q, g = q.float(), g.float()
+    q, g = comparable_vectors(queries, gallery)
 
+    # A candidate is relevant if it shares so many labels with the query.
     vocabulary = sorted(set().union(*query_labels))
     query_matrix = label_matrix(query_labels, vocabulary)  # (m, L)
     gallery_matrix = label_matrix(gallery_labels, vocabulary)  # (n, L)
@@ -323,14 +392,25 @@ def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(
         scores = q[rows] @ g.T  # (b, n)
         shared = count_shared_labels(query_matrix[rows], gallery_matrix)  # (b, n)
         relevant = shared >= labels_needed[rows, None]  # (b, n)
+
+        # What is excluded comes last and counts nowhere.
         excluded = torch.zeros_like(relevant)  # (b, n)
         for query_codes, gallery_codes in codes:
             excluded |= query_codes[rows, None] == gallery_codes
-        blocks.append(rank_block(scores, relevant, excluded))
+        scores[excluded] = -torch.inf
+        relevant[excluded] = False
 
-    found = {}
-    for key in blocks[0]:
-        found[key] = torch.cat([block[key] for block in blocks]).numpy()  # (m, ...)
+        # topk brings equal scores in any order, which R@K, P@10, MnR and MdR then depend on: of an
+        # encoder that gives all samples one vector they are those of an arbitrary list.
+        top = scores.topk(min(TOP_K, len(g)), dim=1).indices  # (b, k)
+        blocks.append({
+            "top": top,
+            "hit": relevant.gather(1, top),  # (b, k)
+            "relevant": relevant.sum(dim=1, dtype=torch.int32),  # (b,)
+            "candidates": len(g) - excluded.sum(dim=1, dtype=torch.int32),  # (b,)
+            "first": first_rank(scores, relevant)})  # (b,)
+
+    found = {key: torch.cat([block[key] for block in blocks]).numpy() for key in blocks[0]}
     for k in KS:
         found[f"R@{k}"] = found["hit"][:, :k].any(axis=1)
     found["P@10"] = found["hit"].mean(axis=1)
@@ -374,53 +454,88 @@ class Model(NamedTuple):
     meta: dict  # as in an embedding file
 
 
-def choose_encoders(args):
-    """The encoders asked for, or the newest run; for the demo all runs and two baselines."""
-    if args.checkpoint or args.encoder not in ("m3ret", "random"):
-        return [EncoderChoice(args.encoder, args.encoder, args.checkpoint)]
+def run_name(checkpoint):
+    """runs/NAME/checkpoint.pt -> NAME; a file of another name -> this name without its suffix."""
+    path = Path(checkpoint).absolute()
+    if path.name == "checkpoint.pt":
+        return path.parent.name
+    return path.stem
 
+
+def find_runs():
+    """The checkpoints of all runs, the newest first."""
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: -path.stat().st_mtime)
     if not runs:
         raise UserError("no runs/*/checkpoint.pt here: train first (train.py), "
                         "or give --checkpoint FILE")
-    choices = [EncoderChoice(run.parent.name, args.encoder, run) for run in runs]
-    if args.task != "demo":
-        return choices[:1]
-    choices.append(EncoderChoice("random", "random", runs[0]))
-    choices.append(EncoderChoice("pixels", "pixels", None))
+    return runs
+
+
+def choose_encoders(args):
+    """The encoders asked for, or the newest run; for the demo all runs and two baselines."""
+    # Which checkpoints: those given, or what the task takes by default.
+    needs_checkpoint = args.encoder in ("m3ret", "random")
+    all_of_the_demo = args.task == "demo" and needs_checkpoint and not args.checkpoint
+    if args.checkpoint:
+        checkpoints = args.checkpoint
+    elif not needs_checkpoint:
+        checkpoints = [None]
+    elif all_of_the_demo:
+        checkpoints = find_runs()
+    else:
+        checkpoints = find_runs()[:1]
+        print(f"the newest run is taken: {checkpoints[0]}")
+
+    # A trained encoder is called after its run, any other by its kind.
+    choices = []
+    for checkpoint in checkpoints:
+        name = run_name(checkpoint) if args.encoder == "m3ret" else args.encoder
+        choices.append(EncoderChoice(name, args.encoder, checkpoint))
+    if all_of_the_demo:
+        choices.append(EncoderChoice("random", "random", checkpoints[0]))
+        choices.append(EncoderChoice("pixels", "pixels", None))
+
+    # Their paths tell two of the same name apart.
+    names = [choice.name for choice in choices]
+    for i, choice in enumerate(choices):
+        if names.count(choice.name) > 1:
+            choices[i] = choice._replace(name=f"{choice.name} ({choice.checkpoint})")
     return choices
 
 
-def stored_ids(path, folder):
-    """The ids that an earlier run left in an embedding file; none if the cache is newer."""
-    if not path.is_file():
-        return set()
-    if path.stat().st_mtime_ns <= Path(folder, "samples.csv").stat().st_mtime_ns:
-        return set()
-    return {row["id"] for row in read_embeddings(path, folder).rows}
+def vectors_by_sample(embeddings):
+    """Embeddings of a file -> {(folder, id): embedding (D,)}."""
+    vectors = {}
+    for row, vector in zip(embeddings.rows, embeddings.vectors):
+        vectors[row["folder"], row["id"]] = vector
+    return vectors
 
 
 def cached_embeddings(rows, encoder, checkpoint):
-    """Embed rows of any caches -> {(folder, id): embedding (D,)}, and the meta of their file.
+    """Embed rows of any caches -> {(folder, id): embedding (D,)}, and the meta of their files.
 
-    What results/embeddings/ holds of an earlier run is not embedded again.
+    The files lie in results/embeddings/ and serve again: embed_rows embeds what is new, or newer
+    than the file, and all if the sizes have changed or a sample of each shape comes out otherwise,
+    as it does when a foreign encoder has other weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedder = load_embedder(encoder, checkpoint, device)
     vectors = {}
     seen = []  # ids of rows that the encoder was trained on; None if nobody knows
-    for folder in sorted({row["folder"] for row in rows}):
-        made_of = [encoder, embedder.meta["checkpoint_sha256"], embedder.meta["code_sha256"],
+    for folder in sorted(set(column(rows, "folder"))):
+        made_of = [encoder, embedder.meta["weights_sha256"], embedder.meta["code_sha256"],
                    os.path.realpath(folder)]
         cache_key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         path = Path(f"results/embeddings/{Path(folder).name}-{cache_key}.npz")
 
-        members = {row["id"]: row for row in rows if row["folder"] == folder}
-        if not members.keys() <= stored_ids(path, folder):
-            embed_rows(list(members.values()), embedder, path, device)
+        # The samples that another task has put into the file stay in it.
+        wanted = {row["id"] for row in rows if row["folder"] == folder}
+        if path.exists():
+            wanted.update(read_npz(path).ids)
+        members = [row for row in read_samples(folder) if row["id"] in wanted]
+        embed_rows(members, embedder, path, device)
         stored = read_embeddings(path, folder)
-        for row, vector in zip(stored.rows, stored.vectors):
-            vectors[folder, row["id"]] = vector
+        vectors.update(vectors_by_sample(stored))
 
         if stored.meta["seen"] is None:
             seen = None
@@ -436,8 +551,8 @@ def load_given_embeddings(args):
     if args.gallery:
         gallery = read_embeddings(args.gallery, args.gallery_cache or args.cache[0])
 
-    for key in MUST_MATCH:
-        if key != "sizes" and queries.meta.get(key) != gallery.meta.get(key):
+    for key in SAME_ENCODER:
+        if queries.meta.get(key) != gallery.meta.get(key):
             raise UserError(f"{args.gallery} is of another encoder than {args.embeddings} "
                             f"({key}): embed both with one")
     if queries.vectors.shape[1] != gallery.vectors.shape[1]:
@@ -447,12 +562,10 @@ def load_given_embeddings(args):
         raise UserError(f"{args.cache[0]}: no sample has a label to evaluate by; "
                         "prepare with --labels")
 
-    query_vectors = {(row["folder"], row["id"]): x for row, x in zip(queries.rows, queries.vectors)}
-    gallery_vectors = {(row["folder"], row["id"]): x
-                       for row, x in zip(gallery.rows, gallery.vectors)}
     setting = Setting("embeddings", queries.rows, gallery.rows, relevance=args.relevance)
-    name = Path(args.embeddings).stem
-    return setting, Model(name, query_vectors, gallery_vectors, queries.meta)
+    model = Model(Path(args.embeddings).stem, vectors_by_sample(queries),
+                  vectors_by_sample(gallery), queries.meta)
+    return setting, model
 
 
 def embedding_matrix(rows, vectors, meta, pool):
@@ -468,28 +581,43 @@ def embedding_matrix(rows, vectors, meta, pool):
     return cls if pool == "cls" else avg
 
 
+def model_name(name, meta, pool):
+    """The name of a model in the table; of a run that is not finished it says so."""
+    if meta.get("encoder") == "m3ret" and meta.get("total") and meta["step"] < meta["total"]:
+        name = f"{name}, step {meta['step']} of {meta['total']}"
+    return f"{name} {pool}".strip()
+
+
 def provenance(name, meta, pool, queries):
     """What a result says of its embeddings, and how many of its queries pretraining had seen."""
     keys = ("encoder", "checkpoint", "checkpoint_sha256", "code_sha256", "parameters", "flags",
-            "step")
+            "step", "total")
     seen_in_pretraining = None  # nobody knows
     if meta.get("seen") is not None:
-        query_ids = {row["id"] for row in queries}
-        seen_in_pretraining = len(query_ids & set(meta["seen"]))
-    return {"model": f"{name} {pool}".strip(), **{key: meta.get(key) for key in keys},
+        seen_in_pretraining = len(set(column(queries, "id")) & set(meta["seen"]))
+    return {"model": model_name(name, meta, pool), **{key: meta.get(key) for key in keys},
             "pool": pool or meta.get("pool"), "seen_in_pretraining": seen_in_pretraining}
+
+
+def compare_pretraining(setting, meta):
+    """Table 4's rows for a run that was trained on one modality alone, else None."""
+    if setting.name not in PAPER_TABLE_4:
+        return None
+    flags = json.loads(meta.get("flags") or "{}")
+    if len(flags.get("modalities", [])) != 1:
+        return None
+    return PAPER_TABLE_4[setting.name]
 
 
 # ---- retrieval ----------------------------------------------------------------------------------
 def retrieve(setting, query_x, gallery_x, exclude_same):
     """Rank the gallery (n, D) of a setting for its queries (m, D), see evaluate_retrieval.
 
-    CHOICE: a query never retrieves itself; the paper does not say so.
+    CHOICE: a query never retrieves itself, and equal ids are one sample, in a copied cache as well.
+    The paper does not speak of it.
     """
     queries, gallery = setting.queries, setting.gallery
-    query_ids = [f"{os.path.realpath(row['folder'])} {row['id']}" for row in queries]
-    gallery_ids = [f"{os.path.realpath(row['folder'])} {row['id']}" for row in gallery]
-    exclude = [(query_ids, gallery_ids)]
+    exclude = [(column(queries, "id"), column(gallery, "id"))]
 
     if exclude_same == "patient":
         query_patients = column(queries, "patient")  # keyed hashes
@@ -513,7 +641,7 @@ def captioned(row, text, label_prefix, colour=(90, 90, 90)):
 
 def draw_examples(path, settings, rankings):
     """Draw random queries (seed 0), each with its top 3 behind it, right or wrong (Fig. 5)."""
-    # Where settings search the queries' own set, these are shown, else all directions.
+    # Settings that search the queries' own set are shown; if there are none, all are.
     shown = [(setting, found) for setting, found in zip(settings, rankings)
              if setting.queries is setting.gallery]
     shown = shown or list(zip(settings, rankings))
@@ -523,7 +651,8 @@ def draw_examples(path, settings, rankings):
     for setting, found in shown:
         for i in np.random.default_rng(0).permutation(len(setting.queries))[:per_setting]:
             tiles = [captioned(setting.queries[i], f"query: {setting.name}", setting.label_prefix)]
-            for j, hit in zip(found["top"][i, :3], found["hit"][i, :3]):
+            shown_hits = min(3, found["candidates"][i])
+            for j, hit in zip(found["top"][i, :shown_hits], found["hit"][i, :shown_hits]):
                 word, colour = ("right", RIGHT_COLOUR) if hit else ("wrong", WRONG_COLOUR)
                 tiles.append(captioned(setting.gallery[j], word, setting.label_prefix, colour))
             lines.append(tiles)
@@ -539,6 +668,8 @@ def load_task(args):
     rows = task_rows(args)
     if TASKS[args.task].paper_size:
         settings = [paper_setting(args.task, rows)]
+    elif args.task == "within":
+        settings = archive_settings(args.task, rows)
     else:
         settings = body_part_settings(args.task, rows)
     used = []
@@ -570,7 +701,8 @@ def run_task(args):
                     "task": args.task or "embeddings", "name": setting.name,
                     "gallery": len(setting.gallery), **summarise(found),
                     "relevance": setting.relevance, "exclude_same": args.exclude_same or "",
-                    "paper": None if args.task == "demo" else PAPER.get(setting.name),
+                    "paper": setting.paper or None,
+                    "paper_table_4": compare_pretraining(setting, model.meta),
                     **provenance(model.name, model.meta, pool, setting.queries)})
     if args.figure:
         draw_examples(args.figure, settings, rankings[:len(settings)])  # of the first model
@@ -628,6 +760,7 @@ def probe_metrics(probabilities, truth, multi):
     positives = truth.sum(axis=0)  # (L,)
     predicted_positives = predicted.sum(axis=0)  # (L,)
 
+    # A label that is never predicted, or never carried, would divide by zero.
     precision = true_positives / np.maximum(predicted_positives, 1)  # (L,)
     f1 = 2 * true_positives / np.maximum(positives + predicted_positives, 1)  # (L,)
     accuracy = (predicted == truth).mean() if multi else true_positives.sum() / len(truth)
@@ -662,6 +795,7 @@ def probe_targets(rows):
 
 def fit_probe(features, targets, train, test, multi):
     """Fit on the rows `train` of features (n, D), targets (n, L) -> probabilities (test, L), l2."""
+    # The training rows alone say what is standard.
     mean = features[train].mean(dim=0)
     std = features[train].std(dim=0)
     features = (features - mean) / std.clamp_min(1e-6)
@@ -675,6 +809,7 @@ def fit_probe(features, targets, train, test, multi):
         losses[l2] = cross_entropy(features[validation], targets[validation], weights, multi)
     l2 = min(L2, key=losses.get)
 
+    # The fit with it to all training rows predicts the test rows.
     weights = fit_logistic(features[train], targets[train], l2, multi)  # (D + 1, L)
     logits = features[test] @ weights[:-1] + weights[-1]  # (test, L)
     probabilities = logits.sigmoid() if multi else logits.softmax(dim=1)
@@ -683,7 +818,7 @@ def fit_probe(features, targets, train, test, multi):
 
 def probe(args):
     """Linear probe on frozen embeddings (App. D, Table 7) -> results."""
-    rows, target_lists, multi = probe_targets(task_rows(args))
+    rows, target_lists, multi = probe_targets(each_id_once(task_rows(args)))
     train, test = split_probe(rows, ["+".join(labels) for labels in target_lists])
     names = sorted(set().union(*[target_lists[i] for i in train]))
     fewest = 1 if multi else 2
@@ -691,17 +826,21 @@ def probe(args):
         raise UserError(f"probe: {len(train)} train, {len(test)} test samples, "
                         f"{len(names)} labels: too few")
 
-    choice = choose_encoders(args)[0]
-    vectors, meta = cached_embeddings(rows, choice.encoder, choice.checkpoint)
-    features = torch.from_numpy(embedding_matrix(rows, vectors, meta, args.pool[0]))  # (n, D)
+    # All models predict the same labels of the same samples.
+    modalities = "+".join(sorted(set(column(rows, "modality"))))
+    name = f"{len(names)} {modalities} findings" if multi else f"{modalities} parts"
     targets = label_matrix(target_lists, names)  # (n, L)
-    probabilities, l2 = fit_probe(features, targets.float(), train, test, multi)
-
-    name = f"{len(names)} findings" if multi else "body parts"
-    metrics = probe_metrics(probabilities.numpy(), targets[test].numpy(), multi)
-    return [{"task": "probe", "name": name, **metrics, "train": len(train), "queries": len(test),
-             "labels": names, "l2": l2, "paper": PAPER.get(name),
-             **provenance(choice.name, meta, args.pool[0], [rows[i] for i in test])}]
+    results = []
+    for choice in choose_encoders(args):
+        vectors, meta = cached_embeddings(rows, choice.encoder, choice.checkpoint)
+        features = torch.from_numpy(embedding_matrix(rows, vectors, meta, args.pool[0]))  # (n, D)
+        probabilities, l2 = fit_probe(features, targets.float(), train, test, multi)
+        metrics = probe_metrics(probabilities.numpy(), targets[test].numpy(), multi)
+        results.append({
+            "task": "probe", "name": name, **metrics, "train": len(train), "queries": len(test),
+            "labels": names, "l2": l2, "paper": PAPER.get(name),
+            **provenance(choice.name, meta, args.pool[0], [rows[i] for i in test])})
+    return results
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -712,17 +851,20 @@ def format_cell(numbers, key):
     text = f"{numbers[key]:.3f}"
     if key == "R@1" and "ci95" in numbers:
         low, high = numbers["ci95"][key]
-        text += f" ({low:.2f}-{high:.2f})".replace("0.", ".")
+        text += f" ({low:.2f}-{high:.2f})".replace("0.", ".")  # .29: lines fit 120 columns
     return text
 
 
 def list_references(result):
-    """What a result is compared with -> {name: numbers}: chance, and the paper's two networks."""
+    """What a result is compared with -> {name: numbers}: chance, and rows of the paper."""
     references = {}
     if "chance" in result:
         references["chance"] = result["chance"]
     metrics = PROBE_METRICS if "AUROC" in result else METRICS
     for name, values in zip(("paper: MAE", "paper: SimDINO"), result["paper"] or ()):
+        references[name] = dict(zip(metrics, values))
+    table_4 = result.get("paper_table_4") or ()
+    for name, values in zip(("paper: unimodal", "paper: multimodal"), table_4):
         references[name] = dict(zip(metrics, values))
     return references
 
@@ -736,12 +878,17 @@ def markdown_table(results):
     lines = [["", "", *metrics, "queries", "seen"]]
     for name in dict.fromkeys(result["name"] for result in results):
         ours = [result for result in results if result["name"] == name]
+        # Our models come first, and below them what they are compared with.
+        references = {}
         for result in ours:
             seen = result["seen_in_pretraining"]
-            lines.append([name, result["model"], *[format_cell(result, key) for key in metrics],
-                          f"{result['queries']:,}", "?" if seen is None else f"{seen:,}"])
-        for reference, numbers in list_references(ours[0]).items():
-            lines.append([name, reference, *[format_cell(numbers, key) for key in metrics], "", ""])
+            numbers = [format_cell(result, key) for key in metrics]
+            lines.append([name, result["model"], *numbers, f"{result['queries']:,}",
+                          "?" if seen is None else f"{seen:,}"])
+            references.update(list_references(result))
+        for reference, values in references.items():
+            numbers = [format_cell(values, key) for key in metrics]
+            lines.append([name, reference, *numbers, "", ""])
 
     # Columns are padded, so that the table reads well as plain text too.
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -758,7 +905,7 @@ def scaling(paths, against):
 
     x is the number of parameters, or the share of the data that was trained on.
     """
-    points = {}  # {setting: {x: R@5}}
+    points = {}  # {setting: list of (x, R@5)}
     for path in paths:
         with as_user_error(path, f"holds no results of retrieval with their {against}"):
             content = json.loads(Path(path).read_text())
@@ -768,15 +915,14 @@ def scaling(paths, against):
                     x = result["parameters"]
                 else:
                     x = json.loads(result["flags"])[against]
-                points.setdefault(result["name"], {})[float(x)] = float(result["R@5"])
+                points.setdefault(result["name"], []).append((float(x), float(result["R@5"])))
 
-    for name, recalls in points.items():
-        if len(recalls) < 2 or min(recalls.values()) <= 0:
+    for name, pairs in points.items():
+        x, recall = np.array(pairs).T  # (number of results,) each
+        if len(set(x)) < 2 or recall.min() <= 0:
             raise UserError(f"{name}: a fit needs R@5 above 0 at two or more values of {against}")
-        x = np.log(list(recalls.keys()))
-        y = np.log(list(recalls.values()))
-        slope, start = np.polyfit(x, y, 1)  # least squares: a power law
-        print(f"{name}: log R@5 = {slope:.4f} log {against} {start:+.4f}, from {recalls}")
+        slope, start = np.polyfit(np.log(x), np.log(recall), 1)  # least squares: a power law
+        print(f"{name}: log R@5 = {slope:.4f} log {against} {start:+.4f}, from {pairs}")
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -797,10 +943,27 @@ def check_usage(parser, args):
     if args.gallery_cache and not args.gallery:
         parser.error("--gallery-cache goes with --gallery")
 
+    others = [args.cache, args.checkpoint, args.exclude_same, args.figure, args.out]
+    if args.scaling and (any(others) or args.encoder != "m3ret" or args.pool != [""]):
+        parser.error("--scaling prints fits to results files: the only other flag is --against")
+    if args.against != "parameters" and not args.scaling:
+        parser.error("--against goes with --scaling")
     if args.task == "probe" and (args.exclude_same or args.figure):
         parser.error("probe ranks nothing: leave out --exclude-same and --figure")
     if args.task == "probe" and len(args.pool) > 1:
         parser.error("probe takes one --pool")
+
+
+def keep_earlier_results(path, content):
+    """Rename results that other numbers are about to replace: TASK.json to TASK.1.json, .2.json."""
+    if not path.exists() or path.read_bytes() == content:
+        return
+    number = 1
+    while path.with_suffix(f".{number}.json").exists():
+        number += 1
+    kept = path.with_suffix(f".{number}.json")
+    os.replace(path, kept)
+    print(f"kept: what was in {path} is {kept} now")
 
 
 def parse_args():
@@ -809,7 +972,8 @@ def parse_args():
     flag = parser.add_argument
     flag("--task", choices=list(TASKS), help="needs its cache, see --cache")
     flag("--cache", nargs="+", help="cache folders (default: the task's data set under cache/)")
-    flag("--checkpoint", help="default: the newest runs/*/checkpoint.pt; for demo all of them")
+    flag("--checkpoint", nargs="+", metavar="FILE",
+         help="one, or several to compare (default: the newest runs/*/checkpoint.pt, for demo all)")
     flag("--encoder", default="m3ret",
          help="m3ret, random, pixels or module:function, as in embed.py")
     flag("--pool", nargs="+", choices=["avg", "cls", "mix"], default=[""],
@@ -841,11 +1005,17 @@ def main():
         return
 
     results = probe(args) if args.task == "probe" else run_task(args)
-    path = args.out or f"results/{args.task or 'embeddings'}.json"
+    print(markdown_table(results))
+
+    # One row is written as it is, several as a list.
     content = results[0] if len(results) == 1 else {"rows": results}
+    content = json.dumps(content, indent=1).encode()
+    path = Path(args.out or f"results/{args.task or 'embeddings'}.json")
+    if not args.out:
+        keep_earlier_results(path, content)
     with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
-    print(f"{markdown_table(results)}\nwritten: {path}")
+        file.write(content)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":
