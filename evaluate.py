@@ -672,6 +672,8 @@ def load_task(args):
         settings = archive_settings(args.task, rows)
     else:
         settings = body_part_settings(args.task, rows)
+
+    # Every sample is embedded once, in however many settings it takes part.
     used = []
     for setting in settings:
         used += setting.queries + setting.gallery
@@ -826,9 +828,12 @@ def probe(args):
         raise UserError(f"probe: {len(train)} train, {len(test)} test samples, "
                         f"{len(names)} labels: too few")
 
+    # The paper probes one modality at a time, which the name says: "18 ct findings", "mri parts".
+    modalities = set(column(rows, "modality"))
+    modality = modalities.pop() if len(modalities) == 1 else "mixed"
+    name = f"{len(names)} {modality} findings" if multi else f"{modality} parts"
+
     # All models predict the same labels of the same samples.
-    modalities = "+".join(sorted(set(column(rows, "modality"))))
-    name = f"{len(names)} {modalities} findings" if multi else f"{modalities} parts"
     targets = label_matrix(target_lists, names)  # (n, L)
     results = []
     for choice in choose_encoders(args):
@@ -970,7 +975,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
-    flag("--task", choices=list(TASKS), help="needs its cache, see --cache")
+    flag("--task", choices=list(TASKS), metavar="TASK",
+         help=f"one of {', '.join(list(TASKS)[:6])},\n"
+              "cross_modal (your archives, across modalities), within (each of them by itself),\n"
+              "demo, probe (linear; findings of ct_rate, or body parts)")
     flag("--cache", nargs="+", help="cache folders (default: the task's data set under cache/)")
     flag("--checkpoint", nargs="+", metavar="FILE",
          help="one, or several to compare (default: the newest runs/*/checkpoint.pt, for demo all)")

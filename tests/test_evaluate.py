@@ -903,6 +903,14 @@ def test_probe_of_body_parts_names_their_modality(here, command, modality, compa
     assert list(table[f"{modality} parts", "mae"]) == [*evaluate.PROBE_METRICS, "queries", "seen"]
 
 
+def test_probe_of_several_modalities_is_not_compared_with_one(here, command):
+    for modality in ("mri", "ct"):
+        write_cache(here / f"cache/{modality}s", modality, [(("head", "chest")[i % 2],) for i in range(30)])
+    command("--task", "probe", "--cache", "cache/mris", "cache/cts", "--encoder", "pixels")
+    row, = read_results("results/probe.json")
+    assert (row["name"], row["paper"]) == ("mixed parts", None)
+
+
 def test_probe_of_findings_takes_the_split_of_the_table(here, command):
     labels = [(f"finding:{('Mass', 'Edema')[i % 2]}",) for i in range(20)]
     write_cache(here / "cache/ct_rate", "ct", labels, "train")
