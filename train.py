@@ -46,7 +46,7 @@ RESUME_MAY_CHANGE = {"preset", "data", "out", "workers", "max_steps", "save_minu
 # A small network for minutes on a CPU. The gamma is that of the paper's 256 volumes, and the low
 # momentum makes the teacher follow quickly (docs/learning.md).
 SMALL = dict(arch="vit_xs", patch_size=8, batch_size=48, local_views=2, gamma=0.0078, momentum=0.9)
-PRESETS = {"demo": SMALL | dict(batch_size_3d=48, epochs=160), "small": SMALL}
+PRESETS = {"demo": SMALL | dict(batch_size_3d=48, epochs=80), "small": SMALL}
 
 
 # ---- schedule -----------------------------------------------------------------------------------
