@@ -22,7 +22,7 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import NamedTuple
 
-# A thread that waits for another sleeps: by default it spins, which takes the processor from the one
+# A thread that waits for another sleeps: by default it spins, and takes the processor from the one
 # it waits for wherever other programs run. OpenMP reads this once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
