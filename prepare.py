@@ -1550,14 +1550,16 @@ def drop_copies(planes, notes):
     return kept
 
 
-def fill_padding(planes):
+def fill_padding(planes, modality):
     """Planes whose padding has the darkest value of the volume, so that it is background."""
     if not any(plane.padding.any() for plane in planes):
         return planes
     valid = [plane.pixels[~plane.padding] for plane in planes if not plane.padding.all()]
     if not valid:
         return planes
-    darkest = min(0, *(int(pixels.min()) for pixels in valid))
+    darkest = min(int(pixels.min()) for pixels in valid)
+    if modality == "ct":
+        darkest = min(darkest, 0)  # a crop of the body may hold no air, which is at 0 or below
     if planes[0].scale[0] < 0:  # black and white are exchanged
         darkest = max(int(pixels.max()) for pixels in valid)
     filled = []
@@ -1605,7 +1607,7 @@ def read_series(paths, sample, count, seed):
         found, hounsfield = load_planes(path, wanted[file], sample.modality, notes)
         planes += found
         said.add(hounsfield)
-    planes = fill_padding(drop_copies(planes, notes))
+    planes = fill_padding(drop_copies(planes, notes), sample.modality)
     check_gaps([plane.header for plane in planes])
 
     pixels = [plane.pixels for plane in planes]
