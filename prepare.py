@@ -1314,15 +1314,18 @@ def says_hounsfield(ds):
     return None
 
 
-def read_lut(descriptor, data):
-    """A LUT of a DICOM file -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1.1).
+def read_lut(ds, descriptor, data):
+    """A LUT of a DICOM file, ds -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1.1).
 
     Entries of 8 bits come in bytes or in words, whatever the descriptor says.
     """
     count, first, _ = (int(number) for number in descriptor)
     count = count or 65536
+    _, is_little_endian = ds.original_encoding
     if not isinstance(data, bytes):
         data = np.atleast_1d(data).astype("<u2").tobytes()
+    elif not is_little_endian:
+        data = np.frombuffer(data, ">u2").astype("<u2").tobytes()
     entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else "<u2")[:count]
     if len(entries) < 2:
         raise ValueError("a LUT of one entry")
@@ -1342,7 +1345,7 @@ def apply_modality(ds, frame, stored, notes):
     luts = ds.get("ModalityLUTSequence")
     if luts and ds.get("SOPClassUID") not in NO_MODALITY_LUT:
         try:
-            first, entries = read_lut(luts[0].LUTDescriptor, luts[0].LUTData)
+            first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
             return look_up(stored, first, entries)
         except MALFORMED:
             notes.add("modality LUT cannot be read: not used")
@@ -1371,7 +1374,7 @@ def apply_voi(ds, frame, values):
     """Values -> float32 in [0, 1] by the file's VOI LUT or its first window (PS3.3 C.11.2); None without."""
     luts = per_frame(ds, frame, "VOILUTSequence")
     if luts:
-        first, entries = read_lut(luts[0].LUTDescriptor, luts[0].LUTData)
+        first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
         shown = look_up(values, first, entries) - entries.min()
         return (shown / max(np.ptp(entries), 1)).astype(np.float32)
 
@@ -1452,7 +1455,7 @@ def apply_palette(ds, stored):
     largest = 0
     for colour in ("Red", "Green", "Blue"):
         descriptor = ds[f"{colour}PaletteColorLookupTableDescriptor"].value
-        first, entries = read_lut(descriptor, ds[f"{colour}PaletteColorLookupTableData"].value)
+        first, entries = read_lut(ds, descriptor, ds[f"{colour}PaletteColorLookupTableData"].value)
         channels.append(look_up(stored, first, entries))
         largest = max(largest, entries.max())
 

@@ -311,6 +311,12 @@ def test_a_voi_lut_of_any_depth_rises_or_falls_as_its_entries_do(
     assert np.abs(inverse - (1 - expected)).max() < 1e-3
 
 
+def test_a_voi_lut_of_a_big_endian_file_has_its_byte_order(tmp_path):
+    voi = lut([4096, 0, 16], (65520 - WORDS * 16).astype(">u2").tobytes())
+    x = show(tmp_path / "a.dcm", syntax=ExplicitVRBigEndian, VOILUTSequence=voi)
+    assert np.abs(x - (1 - RAMP / 4095)).max() < 1e-3
+
+
 @pytest.mark.parametrize("intercept, lowest", [(-1024, -1024), (-4096, -4096)])
 def test_a_lut_may_begin_below_zero_though_its_descriptor_is_unsigned(tmp_path, intercept, lowest):
     voi = lut([4096, lowest % 65536, 16], (65520 - WORDS * 16).tobytes())
@@ -466,6 +472,14 @@ def test_a_palette_of_any_depth_gives_the_same_picture(tmp_path, bits, data):
         tags[f"{colour}PaletteColorLookupTableData"] = data.tobytes()
     x = show(tmp_path / "a.dcm", grey, "US", **tags)
     assert np.abs(x - grey).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["OBXXXX1A_expb.dcm", "OBXXXX1A_rle.dcm", "OBXXXX1A_expb_2frame.dcm"])
+def test_the_palette_of_a_big_endian_file_gives_the_picture_of_its_little_endian_twin(name):
+    folder = Path(pytest.importorskip("data_store").__file__).parent / "data"
+    twin = "OBXXXX1A_2frame.dcm" if "2frame" in name else "OBXXXX1A.dcm"
+    x = read_any(folder / name, size=64, frames=2)[1]
+    assert x.max() > 100 and np.array_equal(x, read_any(folder / twin, size=64, frames=2)[1])
 
 
 # ---- DICOM: padding --------------------------------------------------------------------------------
