@@ -354,9 +354,12 @@ def per_frame(ds, frame, tag, default=None):
 
 
 def numbers_of(value):
-    """A DICOM value of one or more numbers -> a tuple of floats, () if it is none."""
+    """A DICOM value of one or more numbers -> a tuple of floats, () if it is none.
+
+    Some programs write the comma of their country: 0,5 is 0.5.
+    """
     try:
-        return tuple(float(number) for number in np.atleast_1d(value))
+        return tuple(float(str(number).replace(",", ".")) for number in np.atleast_1d(value))
     except (TypeError, ValueError):
         return ()
 
@@ -1105,14 +1108,14 @@ def deep_values(image, notes):
     if pixels.dtype == np.int32 and tags.get(BITS_PER_SAMPLE) == (32,) and is_unsigned:
         pixels = pixels.view(np.uint32)  # Pillow has no such mode
     values = pixels.astype(np.float32)
+    if tags.get(PHOTOMETRIC) == 0:  # Pillow exchanges black and white in 1 and 8 bits only
+        values = 1 - values  # all pages alike; the stretch that follows brings them to [0, 1]
     finite = np.isfinite(values)
     if not finite.any():
         raise Rejected("blank, no pixel has a value")
     if not finite.all():
         notes.add(NOT_FINITE)
         values = np.where(finite, values, values[finite].min())
-    if tags.get(PHOTOMETRIC) == 0:  # Pillow exchanges black and white in 1 and 8 bits only
-        values = values.max() + values.min() - values
     return values
 
 
@@ -1340,12 +1343,17 @@ def padding_mask(ds, stored):
 
 
 def rescale_of(ds, frame):
-    """Slope and intercept from stored values to the unit of the file, HU for CT."""
-    slope = np.float32(per_frame(ds, frame, "RescaleSlope", 1))
-    intercept = np.float32(per_frame(ds, frame, "RescaleIntercept", 0))
-    if not np.isfinite(slope) or not np.isfinite(intercept):
-        raise Rejected("rescale is not finite")
-    return slope, intercept
+    """Slope and intercept from stored values to the unit of the file, HU for CT.
+
+    Raises ValueError if they are no finite numbers.
+    """
+    scale = []
+    for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
+        value = numbers_of(per_frame(ds, frame, tag, default))
+        if not value or not np.isfinite(value[0]):
+            raise ValueError(f"{tag} is no finite number")
+        scale.append(np.float32(value[0]))
+    return tuple(scale)
 
 
 def says_hounsfield(ds):
@@ -1359,23 +1367,26 @@ def says_hounsfield(ds):
         return unit == "HU"
 
     # Scanners store HU + 1024, so that air is zero.
-    if rescale_of(ds, 0)[1] < 0:
+    intercept = numbers_of(per_frame(ds, 0, "RescaleIntercept", 0))
+    if intercept and intercept[0] < 0:
         return True
     return None
 
 
-def read_lut(item):
-    """A LUT of a DICOM file -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1.1).
+def read_lut(ds, descriptor, data):
+    """A LUT of a DICOM file -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1).
 
     Entries of 8 bits come in bytes or in words, whatever the descriptor says.
     """
-    count, first, _ = (int(number) for number in item.LUTDescriptor)
+    count, first, _ = (int(number) for number in descriptor)
     count = count or 65536  # which two bytes cannot say
 
-    # Words come as numbers, or as the bytes of the file.
-    data = item.LUTData
+    # Words come as numbers, or as the bytes of the file in its order.
+    _, is_little_endian = ds.original_encoding
     if not isinstance(data, bytes):
         data = np.atleast_1d(data).astype("<u2").tobytes()
+    elif not is_little_endian:
+        data = np.frombuffer(data, ">u2").astype("<u2").tobytes()
     entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else "<u2")[:count]
     if len(entries) < 2:
         raise ValueError("a LUT of one entry")
@@ -1384,7 +1395,7 @@ def read_lut(item):
 
 def look_up(values, first, entries):
     """Values through a LUT; those before its first entry or behind its last take that one."""
-    if first > 32767 and values.min() < 0:
+    if first > 32767 and values.max() < first:
         first -= 65536  # the descriptor lost its sign
     index = np.clip(np.rint(values) - first, 0, len(entries) - 1)
     return entries[index.astype(np.int64)]
@@ -1396,7 +1407,8 @@ def apply_modality(ds, frame, stored, notes):
     luts = ds.get("ModalityLUTSequence")
     if luts and ds.get("SOPClassUID") not in NO_MODALITY_LUT:
         try:
-            return look_up(stored, *read_lut(luts[0]))
+            first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
+            return look_up(stored, first, entries)
         except MALFORMED:
             notes.add("modality LUT cannot be read: not used")
     try:
@@ -1427,7 +1439,7 @@ def apply_voi(ds, frame, values):
     """
     luts = per_frame(ds, frame, "VOILUTSequence")
     if luts:
-        first, entries = read_lut(luts[0])
+        first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
         shown = look_up(values, first, entries) - entries.min()
         return (shown / max(np.ptp(entries), 1)).astype(np.float32)
 
@@ -1436,8 +1448,8 @@ def apply_voi(ds, frame, values):
     width = per_frame(ds, frame, "WindowWidth")
     if center is None or width is None:
         return None
-    center = float(np.atleast_1d(center)[0])
-    width = float(np.atleast_1d(width)[0])
+    center = numbers_of(center)[0]
+    width = numbers_of(width)[0]
     function = str(per_frame(ds, frame, "VOILUTFunction", "LINEAR")).upper()
     least_width = 1 if function not in ("SIGMOID", "LINEAR_EXACT") else 1e-6
     if not np.isfinite(center) or not least_width <= width < np.inf:
@@ -1504,11 +1516,29 @@ def display_values(ds, frames, modality, notes):
     return shown
 
 
+def apply_palette(ds, stored):
+    """Stored values (h, w) -> (h, w, 3) in [0, 1] by the file's palette (PS3.3 C.7.6.3.1.5)."""
+    if "SegmentedRedPaletteColorLookupTableData" in ds:
+        coloured = apply_color_lut(stored, ds)  # (h, w, 3) uint8 or uint16
+        return coloured / np.float32(np.iinfo(coloured.dtype).max)
+
+    channels = []
+    largest = 0
+    for colour in ("Red", "Green", "Blue"):
+        descriptor = ds[f"{colour}PaletteColorLookupTableDescriptor"].value
+        first, entries = read_lut(ds, descriptor, ds[f"{colour}PaletteColorLookupTableData"].value)
+        channels.append(look_up(stored, first, entries))
+        largest = max(largest, entries.max())
+
+    # Entries of 8 bits are sometimes declared as 16.
+    bits = 8 if largest < 256 else int(descriptor[2])
+    return np.stack(channels, axis=-1) / np.float32((1 << bits) - 1)  # (h, w, 3)
+
+
 def read_colour(ds, stored):
     """A colour frame -> (h, w, 3) in [0, 1]."""
     if ds.PhotometricInterpretation == "PALETTE COLOR":
-        coloured = apply_color_lut(stored, ds)  # (h, w, 3), uint8 or uint16 as the palette is
-        return coloured / np.float32(np.iinfo(coloured.dtype).max)
+        return apply_palette(ds, stored)
     return stored / np.float32((1 << ds.BitsStored) - 1)
 
 
@@ -1599,7 +1629,7 @@ def drop_copies(planes, notes):
     return kept
 
 
-def fill_padding(planes):
+def fill_padding(planes, modality):
     """Planes whose padding has the darkest value of the volume, so that it is background."""
     if not any(plane.padding.any() for plane in planes):
         return planes
@@ -1607,7 +1637,9 @@ def fill_padding(planes):
     valid = [plane.pixels[~plane.padding] for plane in planes if not plane.padding.all()]
     if not valid:
         return planes
-    darkest = min(0, *(int(pixels.min()) for pixels in valid))
+    darkest = min(int(pixels.min()) for pixels in valid)
+    if modality == "ct":
+        darkest = min(darkest, 0)  # a crop of the body may hold no air, which is at 0 or below
     if planes[0].scale[0] < 0:  # black and white are exchanged
         darkest = max(int(pixels.max()) for pixels in valid)
     filled = []
@@ -1657,7 +1689,7 @@ def read_series(paths, sample, count, seed):
         found, hounsfield = load_planes(path, wanted[file], sample.modality, notes)
         planes += found
         said.add(hounsfield)
-    planes = fill_padding(drop_copies(planes, notes))
+    planes = fill_padding(drop_copies(planes, notes), sample.modality)
     check_gaps([plane.header for plane in planes])
 
     # Stored values stay as they are, but for PET and some MR, whose scale changes with the slice.
