@@ -1347,13 +1347,11 @@ def rescale_of(ds, frame):
 
     Raises ValueError if they are no finite numbers.
     """
-    scale = []
-    for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
-        value = numbers_of(per_frame(ds, frame, tag, default))
-        if not value or not np.isfinite(value[0]):
-            raise ValueError(f"{tag} is no finite number")
-        scale.append(np.float32(value[0]))
-    return tuple(scale)
+    slope = numbers_of(per_frame(ds, frame, "RescaleSlope", 1))
+    intercept = numbers_of(per_frame(ds, frame, "RescaleIntercept", 0))
+    if not np.isfinite([*slope, *intercept]).all() or not slope or not intercept:
+        raise ValueError("the rescale is no finite number")
+    return np.float32(slope[0]), np.float32(intercept[0])
 
 
 def says_hounsfield(ds):
@@ -1374,7 +1372,7 @@ def says_hounsfield(ds):
 
 
 def read_lut(ds, descriptor, data):
-    """A LUT of a DICOM file -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1).
+    """A LUT of the file ds -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1.1).
 
     Entries of 8 bits come in bytes or in words, whatever the descriptor says.
     """
@@ -1394,11 +1392,11 @@ def read_lut(ds, descriptor, data):
 
 
 def look_up(values, first, entries):
-    """Values through a LUT; those before its first entry or behind its last take that one."""
+    """Whole values through a LUT; those before its first entry or behind its last take that one."""
     if first > 32767 and values.max() < first:
         first -= 65536  # the descriptor lost its sign
-    index = np.clip(np.rint(values) - first, 0, len(entries) - 1)
-    return entries[index.astype(np.int64)]
+    index = values.astype(np.int64) - first
+    return entries[np.clip(index, 0, len(entries) - 1)]
 
 
 def apply_modality(ds, frame, stored, notes):
@@ -1440,7 +1438,7 @@ def apply_voi(ds, frame, values):
     luts = per_frame(ds, frame, "VOILUTSequence")
     if luts:
         first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
-        shown = look_up(values, first, entries) - entries.min()
+        shown = look_up(np.rint(values), first, entries) - entries.min()
         return (shown / max(np.ptp(entries), 1)).astype(np.float32)
 
     # Of several windows the first is meant for the first look.
@@ -1530,9 +1528,11 @@ def apply_palette(ds, stored):
         channels.append(look_up(stored, first, entries))
         largest = max(largest, entries.max())
 
-    # Entries of 8 bits are sometimes declared as 16.
-    bits = 8 if largest < 256 else int(descriptor[2])
-    return np.stack(channels, axis=-1) / np.float32((1 << bits) - 1)  # (h, w, 3)
+    # Entries of 8 bits are sometimes declared as 16, and the other way round.
+    full = 255
+    if largest > full:
+        full = max(largest, (1 << int(descriptor[2])) - 1)
+    return np.stack(channels, axis=-1) / np.float32(full)  # (h, w, 3)
 
 
 def read_colour(ds, stored):

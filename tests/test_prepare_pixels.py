@@ -461,9 +461,9 @@ PALETTE = np.arange(256)
 
 @pytest.mark.parametrize("bits, data", [
     (8, PALETTE.astype("u1")), (8, PALETTE.astype("<u2")), (16, (PALETTE * 257).astype("<u2")),
-    (16, PALETTE.astype("<u2")), (16, PALETTE.astype("u1")),
+    (16, PALETTE.astype("<u2")), (16, PALETTE.astype("u1")), (8, (PALETTE * 257).astype("<u2")),
     (12, (PALETTE * 4095 // 255).astype("<u2")),
-], ids=["8", "8 in words", "16", "16 that are 8", "16 in bytes", "12"])
+], ids=["8", "8 in words", "16", "16 that are 8", "16 in bytes", "8 that are 16", "12"])
 def test_a_palette_of_any_depth_gives_the_same_picture(tmp_path, bits, data):
     grey = np.arange(64 * 64).reshape(64, 64).astype(np.uint8)
     tags = {"PhotometricInterpretation": "PALETTE COLOR"}
