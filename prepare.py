@@ -1488,7 +1488,7 @@ def display_values(ds, frames, modality, notes):
         valid = np.concatenate([frame.values[~frame.padding] for frame in frames])
         hounsfield = says_hounsfield(ds)
         if hounsfield is None:
-            hounsfield = valid.size > 0 and is_hounsfield(valid.min())
+            hounsfield = valid.size > 0 and is_hounsfield(valid)
         if not hounsfield:
             notes.add(NOT_HU)
 
@@ -1713,8 +1713,9 @@ READERS = {"image": read_image, "clip": read_clip, "video": read_video, "nifti":
 # ---- arrays: everything becomes float32 in [0, 1], then (C, H, W, S) -----------------------------
 BLANK_VOLUME = "blank, no voxel has a value, or all the same"
 NOT_HU = "values are not Hounsfield units: stretched by percentiles"
-# CHOICE: values below this are air, lung or fat, which no scale from zero has.
-HU_EVIDENCE = -20
+AIR = -200  # HU, and lung: nothing else is as low
+FAT = -20  # HU
+LEAST_FAT = 0.001  # CHOICE: of all voxels
 # CHOICE: a volume of so few different whole numbers is a mask.
 MASK_VALUES = 16
 
@@ -1812,12 +1813,18 @@ def orient(voxels, affine):
     return voxels, np.array([spacing[thin], rows_mm, columns_mm])
 
 
-def is_hounsfield(lowest):
-    """True if the lowest of CT values is one that only HU have: of fat, lung or air.
+def is_hounsfield(stored, slope=1.0, intercept=0.0):
+    """True if CT values, stored * slope + intercept, can only be HU: some are air, or many are fat.
 
-    CHOICE: 0..1, 0..255 and HU + 1024 have nothing below zero; a tight crop without air has fat.
+    CHOICE: 0..1, 0..255 and HU + 1024 have nothing below zero, but for what interpolation leaves
+    there. A tight crop of HU without any air still has fat.
     """
-    return lowest < HU_EVIDENCE
+    lowest = min(float(stored.min()) * slope, float(stored.max()) * slope) + intercept
+    if lowest < AIR:
+        return True
+    if lowest >= FAT:
+        return False
+    return (stored * slope + intercept < FAT).mean() > LEAST_FAT
 
 
 def is_mask(voxels):
@@ -1841,14 +1848,13 @@ def value_range(volume, modality, notes):
         notes.add(NOT_HU)
         return everything
 
-    # The header does not say it. The lowest value tells.
+    # The header does not say it. The lowest values tell.
     voxels = volume.voxels
     if voxels.dtype.kind == "f":
         voxels = voxels[np.isfinite(voxels)]
     if voxels.size == 0:
         raise Rejected(BLANK_VOLUME)
-    lowest = voxels.min() if volume.slope > 0 else voxels.max()
-    if is_hounsfield(lowest * volume.slope + volume.intercept):
+    if is_hounsfield(voxels, volume.slope, volume.intercept):
         return HU_RANGE
     if voxels.min() == voxels.max():
         raise Rejected(BLANK_VOLUME)

@@ -694,6 +694,8 @@ def organs():
 
 HU = phantom()[0]
 BODY = HU + np.indices(HU.shape).sum(axis=0).astype(np.int16)  # more values than a mask has
+OVERSHOT = ((BODY + 1000) // 8).clip(0, 255).astype(np.int16)
+OVERSHOT[5, 5, 5] = -40  # as interpolation leaves beside an edge
 
 
 @pytest.mark.parametrize("voxels, slope, intercept", [
@@ -714,8 +716,8 @@ def test_a_ct_with_values_below_zero_is_in_hounsfield_units(tmp_path, voxels, sl
 @pytest.mark.parametrize("voxels", [
     (BODY + 1024).astype(np.uint16), (organs() + 1024).astype(np.int16),
     ((BODY + 1000) // 8).clip(0, 255).astype(np.uint8), ((BODY + 1000) / 2000).astype(np.float32),
-    ((organs() + 200) / 1000).clip(0, 1),
-], ids=["plus 1024", "crop plus 1024", "0 to 255", "0 to 1", "crop 0 to 1"])
+    ((organs() + 200) / 1000).clip(0, 1), OVERSHOT,
+], ids=["plus 1024", "crop plus 1024", "0 to 255", "0 to 1", "crop 0 to 1", "overshoot"])
 def test_a_ct_in_other_units_is_stretched_and_noted(tmp_path, monkeypatch, voxels):
     nifti(tmp_path / "data/a.nii.gz", voxels, np.eye(4))
     kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "ct",
