@@ -21,7 +21,7 @@ SMALL = {"size": 32, "slices": 16}
 SMALLER = ("--size", 32, "--slices", 16)
 
 
-# ---- DICOM series ---------------------------------------------------------------------------------------------------
+# ---- DICOM series --------------------------------------------------------------------------------
 @pytest.mark.parametrize("spoil, expected", [
     ("gap", "gap of 6.0 mm after slice 7 of 15, others 3.0 mm"),
     ("few", "5 slices .*, a volume needs 8"), ("none", ""), ("duplicate", ""),
@@ -94,7 +94,7 @@ def test_the_body_part_comes_from_the_first_text_of_known_words():
     assert prepare.body_parts("", "UNKNOWN", "MR KNEE LEFT") == ("knee",)
 
 
-# ---- series, once more -----------------------------------------------------------------------------------------------
+# ---- series, once more ---------------------------------------------------------------------------
 def edit(folder, change):
     """Apply change(dataset, n) to each file of a folder, in the order of the positions."""
     def height(path):
@@ -157,7 +157,7 @@ def test_slices_with_one_sop_uid_are_slices_and_empty_padding_is_none(tmp_path, 
     assert np.array_equal(load(kept["IM0000"]), want) and not rejected
 
 
-# ---- the whole wheels -----------------------------------------------------------------------------------------------
+# ---- the whole wheels ----------------------------------------------------------------------------
 @pytest.mark.parametrize("package, folder", [("pydicom", "data"), ("data_store", "data"),
                                              ("nibabel", "tests/data")])
 def test_every_file_of_the_wheels_is_kept_or_named(tmp_path, monkeypatch, package, folder):
@@ -177,7 +177,7 @@ def test_every_file_of_the_wheels_is_kept_or_named(tmp_path, monkeypatch, packag
         assert x.dtype in (np.uint8, np.float16) and np.isfinite(x).all() and x.min() >= 0
 
 
-# ---- one file, as a query ----------------------------------------------------------------------------------------
+# ---- one file, as a query ------------------------------------------------------------------------
 def test_any_file_of_a_series_stands_for_it(tmp_path):
     hu, affine = phantom()
     want = read_any(series(tmp_path / "a", hu, affine), size=32, slices=16)[1]
@@ -221,7 +221,7 @@ def test_a_stream_that_does_not_say_its_length_is_drawn_from_too(tmp_path):
     assert x.shape == (3, 32, 32, 8) and (np.diff(x[0, 16, 16].astype(int)) > 3).all()
 
 
-# ---- a volume covers its series ----------------------------------------------------------------------
+# ---- a volume covers its series ------------------------------------------------------------------
 def mr(folder, voxels, change=None, prefix="", **options):
     """An MR series of voxels; change(dataset, n) edits each file, whose name begins with prefix."""
     made = folder.with_name(f"{folder.name} {prefix} to be renamed")
@@ -398,7 +398,7 @@ def test_two_fields_of_view_in_one_series_are_two_volumes(tmp_path, monkeypatch)
     assert np.array_equal(load(kept["bIM0000"]), narrow)
 
 
-# ---- enhanced files: their frames are slices ---------------------------------------------------------
+# ---- enhanced files: their frames are slices -----------------------------------------------------
 @pytest.mark.parametrize("is_reversed", [False, True], ids=["in order", "reversed"])
 @pytest.mark.parametrize("tag, values", [
     ("EffectiveEchoTime", (2.5, 10.0)), ("DiffusionBValue", (0.0, 1000.0))])
@@ -446,7 +446,7 @@ def test_of_two_enhanced_files_with_a_pass_each_the_first_pass_is_kept(tmp_path,
     assert np.array_equal(sole(kept), want) and rejected == {"1.dcm": prepare.ANOTHER_PASS}
 
 
-# ---- reasons that are true ---------------------------------------------------------------------------
+# ---- reasons that are true -----------------------------------------------------------------------
 @pytest.mark.parametrize("allow_2d", [False, True])
 def test_a_colour_map_is_called_one(tmp_path, monkeypatch, allow_2d):
     def colour(ds, n):
@@ -493,7 +493,7 @@ def test_a_slice_of_a_pass_that_was_left_out_says_why_as_a_query(tmp_path):
         read_any(tmp_path / "a/bIM0004", **SMALL)
 
 
-# ---- what a file is, whatever its name says ----------------------------------------------------------
+# ---- what a file is, whatever its name says ------------------------------------------------------
 def write_as(path, kind):
     """A grey ramp as a file of a kind, under any name."""
     ramp = (np.arange(64) * np.ones((64, 1)) * 4).astype(np.uint8)

@@ -32,7 +32,7 @@ def read_notes(tmp):
         return {row["path"]: row["notes"] for row in csv.DictReader(file)}
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------------
+# ---- pixels --------------------------------------------------------------------------------------
 def test_longer_side_fills_the_square_and_the_rest_is_centred_zeros(tmp_path):
     image = np.full((100, 50), 200, np.uint8)
     image[:20] = 100
@@ -224,7 +224,7 @@ def test_frames_of_a_video_are_drawn_at_random_but_reproducibly_and_in_order(tmp
     assert read_any(short, frames=6, size=32)[1].shape == (3, 32, 32, 6)
 
 
-# ---- two-dimensional pixels ------------------------------------------------------------------------------------------
+# ---- two-dimensional pixels ----------------------------------------------------------------------
 @pytest.mark.parametrize("tags", [{"PixelAspectRatio": [2, 1]}, {"PixelSpacing": [0.4, 0.2]},
                                   {"ImagerPixelSpacing": [0.4, 0.2]}], ids=lambda tags: [*tags][0])
 def test_images_keep_their_aspect_in_mm(tmp_path, tags):
@@ -277,7 +277,7 @@ def test_a_thumbnail_is_no_second_frame(tmp_path):
     assert read_any(tmp_path / "b.tif", size=64, frames=4)[1].shape == (3, 64, 64, 4)
 
 
-# ---- DICOM: from stored values to what is displayed ------------------------------------------------
+# ---- DICOM: from stored values to what is displayed ----------------------------------------------
 RAMP = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
 DEPTH = {"BitsStored": 12, "HighBit": 11}
 
@@ -482,7 +482,7 @@ def test_the_palette_of_a_big_endian_file_gives_the_picture_of_its_little_endian
     assert x.max() > 100 and np.array_equal(x, read_any(folder / twin, size=64, frames=2)[1])
 
 
-# ---- DICOM: padding --------------------------------------------------------------------------------
+# ---- DICOM: padding ------------------------------------------------------------------------------
 def pad_outside(folder, value, dtype, tags, only=None):
     """Give an MR series a round field of view: padding outside; or fill one slice, `only`, with it."""
     for n, path in enumerate(sorted(folder.iterdir())):
@@ -542,7 +542,7 @@ def test_a_slice_of_padding_only_is_background_and_moves_no_other_slice(tmp_path
     assert x[..., changed.argmax()].max() < 0.01
 
 
-# ---- images: what the file holds ---------------------------------------------------------------------
+# ---- images: what the file holds -----------------------------------------------------------------
 UPRIGHT = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
            5: np.transpose, 6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).T, 8: np.rot90}
 
@@ -598,7 +598,7 @@ def test_pages_of_grey_and_of_colour_are_frames_of_one_video(tmp_path):
     assert np.array_equal(x, np.broadcast_to(10 * np.arange(12), (3, 32, 32, 12)))
 
 
-# ---- videos: as displayed, of the frames that exist --------------------------------------------------
+# ---- videos: as displayed, of the frames that exist ----------------------------------------------
 def quarters(height, width):
     """A picture of four colours: grey levels of 40, 90 over 150, 210."""
     picture = np.zeros((height, width, 3), np.uint8)
@@ -645,7 +645,7 @@ def test_a_cover_picture_before_the_video_is_not_the_video(tmp_path, suffix):
         assert np.abs(x - 10 * np.arange(20)).max() <= 3
 
 
-# ---- NIfTI: shapes, orientations, units --------------------------------------------------------------
+# ---- NIfTI: shapes, orientations, units ----------------------------------------------------------
 def test_axes_of_one_behind_the_third_are_none(tmp_path):
     hu, affine = phantom()
     want = read_any(nifti(tmp_path / "a.nii.gz", hu, affine), "ct", size=32, slices=16)[1]
@@ -683,7 +683,7 @@ def test_a_nifti_that_names_no_orientation_is_kept_with_a_note(tmp_path, monkeyp
     assert not notes["qform.nii"] and not notes["sform.nii"]
 
 
-# ---- Hounsfield units, or not ------------------------------------------------------------------------
+# ---- Hounsfield units, or not --------------------------------------------------------------------
 def organs():
     """Soft tissue in HU without air: fat, muscle and bone, with the noise of a scanner."""
     hu = np.random.default_rng(0).normal(40, 12, (24, 20, 16))

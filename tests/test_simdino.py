@@ -22,7 +22,7 @@ def unit_vectors(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-# ---- coding rate ---------------------------------------------------------------------------------------
+# ---- coding rate ---------------------------------------------------------------------------------
 def rate_oracle(z, eps):
     """1/2 logdet(I + d / (m eps^2) Z^T Z) in float64, by eigenvalues of the d x d side."""
     z = np.asarray(z, np.float64)
@@ -99,7 +99,7 @@ def test_effective_rank():
     assert effective_rank(torch.eye(16)[:8]).item() == pytest.approx(8)
 
 
-# ---- loss ----------------------------------------------------------------------------------------------
+# ---- loss ----------------------------------------------------------------------------------------
 def loss_oracle(student, teacher, eps, gamma):
     """The equation of Sec. 3.3 by loops, float64."""
     V, B, d = student.shape
@@ -172,7 +172,7 @@ def test_three_products_are_the_sum_over_all_three_axes(shape):
     torch.testing.assert_close(apply_matrices(x, h, w), expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- views ---------------------------------------------------------------------------------------------
+# ---- views ---------------------------------------------------------------------------------------
 LINES = [torch.linspace(0, 1, n) for n in (32, 48, 16)]
 RAMP = torch.stack(torch.meshgrid(*LINES, indexing="ij"))  # (3, H, W, S)
 
@@ -222,7 +222,8 @@ def test_intensities_of_each_kind_of_view():
     torch.testing.assert_close(make_view(x, "global2", size, shift_coin=0.0, shift=1.0), brighter)
     assert torch.equal(make_view(x, "local", size, shift_coin=0.0, shift=1.0), make_view(x, "local", size))
     torch.testing.assert_close(make_view(x, "global2", size, contrast_coin=0.0, power=0.0), x**0.7)
-    assert torch.equal(make_view(x, "global1", size, contrast_coin=0.0, power=0.0), x)  # contrast is global 2's
+    # Contrast is of global 2 alone.
+    assert torch.equal(make_view(x, "global1", size, contrast_coin=0.0, power=0.0), x)
     assert torch.equal(make_view(x, "global2", size, blur_coin=0.0, sigma=1.0), x)  # and blur global 1's
 
 
@@ -300,7 +301,7 @@ def test_crop_areas_stay_in_their_range():
     assert 0.1 < min(sides) < 0.35 and 0.45 < max(sides) < 0.75  # sqrt(.05 * 3/4) = .19, sqrt(.4 * 4/3) = .73
 
 
-# ---- method --------------------------------------------------------------------------------------------
+# ---- method --------------------------------------------------------------------------------------
 def test_teacher_follows_the_student_and_only_then():
     torch.manual_seed(0)
     method = SimDINO(ViT("vit_t", cls_token=True, drop_path=0.1))
