@@ -1,4 +1,4 @@
-"""Turn medical image files and public data sets into a cache of small arrays (Sec. 3.1, 3.4).
+"""Turn medical images and public data sets into a cache of small arrays (paper Sec. 3.1, 3.4).
 
 In:  any folder of DICOM, NIfTI, PNG, JPEG, TIFF, GIF, AVI, MP4, MOV files, or a public data set.
 Out: cache/NAME/ID.npy, (C, H, W, S): image (1 or 3, 256, 256, 1), video (3, 256, 256, 64), volume
@@ -62,7 +62,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-# Another word may be added at the end. Volumes of that modality, and images of more than 8 bits,
+# To add a modality, append its name. Volumes of that modality, and images of more than 8 bits,
 # are stretched by percentiles.
 MODALITIES = ("xray", "ultrasound", "endoscopy", "ct", "mri")
 ABOUT_MODALITIES = (f"one of {', '.join(MODALITIES)}; for another add the word to MODALITIES "
@@ -71,8 +71,8 @@ DICOM_MODALITIES = {
     "CR": "xray", "DX": "xray", "DR": "xray", "RG": "xray", "MG": "xray", "RF": "xray",
     "XA": "xray", "PX": "xray", "IO": "xray", "US": "ultrasound", "IVUS": "ultrasound",
     "ES": "endoscopy", "CT": "ct", "MR": "mri"}
-# The single-frame DICOM files of these modalities are slices of a series.
-VOLUMES = ("ct", "mri")
+# DICOM files of these modalities are slices of a series, not images of their own.
+VOLUME_MODALITIES = ("ct", "mri")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
 # Pixels and slices are those of Sec. 3.4. CHOICE: 64 frames of a video, of which training draws 16
@@ -175,8 +175,8 @@ def cli(main):
     except KeyboardInterrupt:
         message = "interrupted; prepare.py and train.py go on from here, the same command again"
 
-    # The error holds on to the progress bar. Only here, after the except block, are both gone, and
-    # the bar has ended its line.
+    # Inside the except block the traceback would keep the progress bar alive, in the middle of its
+    # line. Here it has ended.
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
@@ -201,7 +201,7 @@ def atomic_write(path, mode=0o666):
                         ) from error
     finally:
         with suppress(OSError):
-            temporary.unlink()  # of a block that failed
+            temporary.unlink()  # it is there if something failed
 
 
 # ---- DICOM headers: what a file is, and which files are one volume -------------------------------
@@ -221,7 +221,7 @@ BODY_PARTS = {
     "pelvis": ("PELVIS", "BLADDER", "PROSTATE", "RECTUM", "UTERUS", "OVARY", "CERVIX", "SCROTUM",
                "ILIUM", "COCCYX", "PELV", "PEL", "CAP", "TAP"),
     "spine": ("SPINE", "BACK"),
-    "cspine": ("CSPINE", "CTSPINE", "CERVICALSPINE", "CERVICAL"),
+    "cspine": ("CSPINE", "CERVICALSPINE", "CERVICAL"),
     "tspine": ("TSPINE", "TLSPINE", "THORACICSPINE"),
     "lspine": ("LSPINE", "LSSPINE", "SSPINE", "LUMBARSPINE", "LUMBOSACRAL"),
     "shoulder": ("SHOULDER", "SCAPULA", "AXILLA", "CLAVICLE"),
@@ -404,7 +404,7 @@ def read_header(source, path, modality, allow_2d):
                        ds.get("SeriesDescription"), ds.get("StudyDescription"))
     patient = str(ds.get("PatientID") or "")
     sample = Sample([path], "dicom", modality, parts, patient)
-    if modality not in VOLUMES:
+    if modality not in VOLUME_MODALITIES:
         return sample
 
     # Files of CT and MR are slices of a volume, but for scouts and colour maps.
@@ -440,7 +440,9 @@ def is_alike(one, other):
 
 def is_placed(one):
     """True if a slice says where it lies in the patient."""
-    return len(one.direction) == 6 and len(one.spacing) == 2 and len(one.position) == 3
+    if len(one.direction) != 6 or len(one.spacing) != 2 or len(one.position) != 3:
+        return False
+    return bool(np.isfinite([*one.direction, *one.spacing, *one.position]).all())
 
 
 def position_along_normal(one, direction):
@@ -473,17 +475,19 @@ def sort_key(value):
 
 
 def pass_order(one):
-    """What slices of one place are sorted by where no tag has one value for a whole pass."""
+    """Sort key of the slices at one place, where no tag tells the passes apart."""
     return one.number, [sort_key(value) for value in one.values], one.file, one.frame
 
 
 def choose_pass(places):
     """Slices at each place -> those of the first pass that covers all places.
 
-    A pass is told by a tag whose value its slices share, or by several such tags one after the
-    other: 2 echoes x 3 phases are 6 passes. Where no tag tells passes apart, the n-th slice of each
-    place is of the n-th pass, if all places have as many. Slices of one place that differ in no tag
-    may be copies: all stay, and read_series compares their pixels.
+    1. One slice at every place: these are it.
+    2. A tag has a value that slices at every place share: they are a pass. If these are several at
+       a place (2 echoes x 3 phases are 6 passes), the next tag divides them.
+    3. No tag does, but every place has as many slices: the n-th of each place is of the n-th pass.
+    4. Slices of one place that differ in no tag may be copies: all stay, and read_series compares
+       their pixels.
 
     Rejected if no pass covers all places: a part of a body is no volume.
     """
@@ -505,7 +509,7 @@ def choose_pass(places):
                 return choose_pass(part)
             largest = max(largest, covered)
 
-    # Every place has as many slices, each with values of its own.
+    # Their order at a place tells the passes apart.
     if len({len(slices) for slices in places}) == 1:
         return [min(slices, key=pass_order) for slices in places]
     for slices in places:
@@ -583,8 +587,13 @@ def group_series(samples, allow_2d):
 
     left_out = []
     for series, slices in slices_of.items():
-        for n, group in enumerate(split_by_geometry(slices)):
-            volumes, others = make_volume(group, header_of, f"{series} {n}", allow_2d)
+        # The id of a volume is of its series, and of its first file if there are several.
+        groups = split_by_geometry(slices)
+        for group in groups:
+            key = series
+            if len(groups) > 1:
+                key = f"{series} {min(one.file for one in group)}"
+            volumes, others = make_volume(group, header_of, key, allow_2d)
             found += volumes
             left_out += others
 
@@ -996,7 +1005,7 @@ def add_size_labels(labels, source, tables):
         match = size.match(row["Size"])
         if not match:
             continue
-        largest = max(float(side) for side in re.findall(r"\d+\.?\d*", match["sides"]))
+        largest = max(float(side) for side in re.findall(r"\d*\.?\d+", match["sides"]))
         if match["unit"] == "cm":
             largest *= 10
 
@@ -1018,10 +1027,10 @@ def ct_rate(source, files, options):
     RadGenome has labels of the same volumes. Its task queries all of them: test.
     """
     radgenome = options.dataset == "radgenome"
-    tables = [os.path.join(source, path) for path in files]
+    tables = [os.path.abspath(os.path.join(source, path)) for path in files]
     if options.labels:
         beside, _ = list_files(options.labels)
-        tables += [os.path.join(options.labels, path) for path in beside]
+        tables += [os.path.abspath(os.path.join(options.labels, path)) for path in beside]
 
     labels = finding_labels(source, tables, needed=not radgenome)
     if radgenome:
@@ -1364,7 +1373,7 @@ def says_hounsfield(ds):
     if unit not in ("", "US"):
         return unit == "HU"
 
-    # Scanners store HU + 1024, so that air is zero.
+    # CT stores HU + 1024 as unsigned numbers, so a negative intercept means HU.
     intercept = numbers_of(per_frame(ds, 0, "RescaleIntercept", 0))
     if intercept and intercept[0] < 0:
         return True
@@ -1377,7 +1386,7 @@ def read_lut(ds, descriptor, data):
     Entries of 8 bits come in bytes or in words, whatever the descriptor says.
     """
     count, first, _ = (int(number) for number in descriptor)
-    count = count or 65536  # which two bytes cannot say
+    count = count or 65536  # 0 stands for it
 
     # Words come as numbers, or as the bytes of the file in its order.
     _, is_little_endian = ds.original_encoding
@@ -1616,7 +1625,7 @@ def load_planes(path, slices, modality, notes):
 
 
 def drop_copies(planes, notes):
-    """Of planes at one place the first. Rejected if the others differ: that is a wrong anatomy."""
+    """Keep the first of equal planes at one place. Rejected if they differ: a wrong anatomy."""
     of_slice = {plane.header: plane for plane in planes}
     kept = []
     for place in group_by_place(list(of_slice)):
@@ -1713,7 +1722,7 @@ READERS = {"image": read_image, "clip": read_clip, "video": read_video, "nifti":
 # ---- arrays: everything becomes float32 in [0, 1], then (C, H, W, S) -----------------------------
 BLANK_VOLUME = "blank, no voxel has a value, or all the same"
 NOT_HU = "values are not Hounsfield units: stretched by percentiles"
-AIR = -200  # HU, and lung: nothing else is as low
+AIR = -200  # HU; only air and lung lie below
 FAT = -20  # HU
 LEAST_FAT = 0.001  # CHOICE: of all voxels
 # CHOICE: a volume of so few different whole numbers is a mask.
@@ -1729,7 +1738,9 @@ def normalize_percentiles(x, valid=None):
     if values.size == 0:
         return np.zeros(x.shape, np.float32)
     low, high = np.percentile(values, (0.5, 99.5))
-    return np.clip((x - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
+    if high == low:
+        return np.zeros(x.shape, np.float32)
+    return np.clip((x - low) / (high - low), 0, 1).astype(np.float32)
 
 
 def resize(x, size, spacing=(1.0, 1.0)):
@@ -2007,6 +2018,7 @@ def worker_loop(task, item, pipe, parent_ends):
 
     for _ in range(SAMPLES_PER_WORKER):
         pipe.send(answer_to(task, item))
+        # An item that comes after the last round is not lost: another process will get it.
         try:
             item = pipe.recv()
         except (EOFError, OSError):  # nothing is left to do, or the parent is gone
@@ -2150,8 +2162,8 @@ def read_recipe(folder):
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{folder}/recipe.json: missing or damaged; make the cache again"
         raise UserError(message) from error
-    if recipe.get("version", VERSION) != VERSION:
-        raise UserError(f"{folder}: made by an older version; delete the folder and prepare again")
+    if recipe.get("version") != VERSION:
+        raise UserError(f"{folder}: made by another version; delete the folder and prepare again")
     return recipe
 
 
@@ -2182,9 +2194,10 @@ def check_recipe(folder, recipe, moved):
 
 
 def save_sample(sample, source, folder, sizes):
-    """Make folder/ID.npy. Behind the array, where numpy does not look, stands what it is made of.
+    """Make folder/ID.npy: the array, then the number of files that it is made of, and the notes.
 
-    All is in one file, so that nothing is lost without the rest when a run is killed.
+    numpy.load ignores what follows the array. All is in one file, so that nothing is lost without
+    the rest when a run is killed.
     """
     array, notes = decode(sample, source, **sizes)
     lines = [str(len(sample.files)), *notes]
@@ -2234,7 +2247,7 @@ def write_tables(folder, samples, rejected):
         sources.append((sample.id, sample.files[0], "; ".join(made.notes)))
         kept[sample.id] = made.notes
 
-    # Only the first may leave the house: the others name files, and are for the owner alone.
+    # Only samples.csv may be shared. The other two name files, and are for the owner alone.
     columns = ["id", "modality", "labels", "patient", "split", "shape"]
     write_csv(folder / "samples.csv", columns, table)
     write_csv(folder / "sources.csv", ["id", "path", "notes"], sources, 0o600)
@@ -2321,7 +2334,7 @@ def find_query(path, modality):
         samples, rejected = find_samples(source, files, modality_of, allow_2d=True, workers=1)
 
         # It may be a slice: the others of its series are among the files beside it.
-        if samples and samples[0].kind == "dicom" and samples[0].modality in VOLUMES:
+        if samples and samples[0].kind == "dicom" and samples[0].modality in VOLUME_MODALITIES:
             files = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
             found, left_out = find_samples(source, files, modality_of, allow_2d=True, workers=1)
             samples = [sample for sample in found if path.name in sample.files]

@@ -877,7 +877,7 @@ def test_a_cache_of_an_older_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "VERSION", prepare.VERSION - 1)
     prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
     monkeypatch.undo()
-    message = "x: made by an older version; delete the folder and prepare again"
+    message = "x: made by another version; delete the folder and prepare again"
     with pytest.raises(UserError, match=message):
         prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
     with pytest.raises(UserError, match=message):

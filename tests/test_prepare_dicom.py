@@ -544,3 +544,34 @@ def test_labels_of_a_table_written_on_windows_or_with_other_accents_are_found(
                            "--labels", tmp_path / "labels.csv")
     labels = {Path(path).name: row["labels"] for path, row in kept.items()}
     assert labels == {"a.png": ("one",), "b.png": ("two", "three")}
+
+
+def test_a_volume_of_a_series_never_takes_the_array_of_another(tmp_path, monkeypatch):
+    """Two fields of view in one series; when the first is deleted, the second keeps its own pixels."""
+    hu, affine = phantom()
+    data = tmp_path / "data"
+    series(data / "a", hu, affine, uid="1.2.3")
+    series(data / "b", hu // 2, np.diag([1.0, 1.25, 3.0, 1.0]), uid="1.2.3")
+    sizes = ("--size", 32, "--slices", 16)
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", data, *sizes)
+    want = load(kept["b/IM0000"])
+    shutil.rmtree(data / "a")
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", data, *sizes)
+    assert list(kept) == ["b/IM0000"] and np.array_equal(load(kept["b/IM0000"]), want)
+
+
+def test_a_position_that_is_no_number_costs_its_series_alone(tmp_path, monkeypatch):
+    hu, affine = phantom()
+    data = tmp_path / "data"
+    series(data / "good", hu, affine)
+    for path in series(data / "bad", hu, affine).iterdir():
+        ds = pydicom.dcmread(path)
+        ds.ImagePositionPatient = [0, 0, "nan"]
+        ds.save_as(path)
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, "--size", 32)
+    assert list(kept) == ["good/IM0000"] and len(rejected) == 16
+    assert all("no ImageOrientationPatient" in reason for reason in rejected.values())
+
+
+def test_a_ct_of_the_spine_is_of_the_spine():
+    assert prepare.body_parts("CT SPINE") == ("spine",)

@@ -775,3 +775,10 @@ def test_the_chest_ct_of_a_package_is_in_hounsfield_units_and_its_mask_is_not(
                                "--modality", "ct")
     notes = read_notes(tmp_path)
     assert "mask" in rejected.get("mask.nii.gz", "") or prepare.NOT_HU in notes["mask.nii.gz"]
+
+
+def test_percentiles_stretch_values_of_any_unit():
+    """A diffusion map in square metres a second has values of 1e-9."""
+    x = np.linspace(0, 3e-9, 1001)
+    assert np.abs(prepare.normalize_percentiles(x) - prepare.normalize_percentiles(x * 1e9)).max() < 1e-5
+    assert not prepare.normalize_percentiles(np.full(9, 7.0)).any()

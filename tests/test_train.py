@@ -527,7 +527,8 @@ def start_and_wait(cache, out, lines, *more, **options):
     """Start a long run and return its process once the log has so many lines."""
     process = subprocess.Popen(
         command(cache, out, "--epochs", "500", *more, **options), stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+        stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup has it ignored
     deadline = time.time() + 120
     while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < lines:
         assert process.poll() is None and time.time() < deadline, process.stderr.read()
@@ -714,7 +715,7 @@ def test_wrong_use_is_one_line(mixed_cache, tmp_path):
              ([mixed_cache, tmp_path / "new", "--init", tmp_path / "text.pt"], 1, "text.pt"),
              ([mixed_cache, tmp_path / "run", "--init", checkpoint], 1, "--init None"),
              ([mixed_cache, tmp_path / "text.pt" / "new"], 1, "text.pt"),
-             ([mixed_cache, tmp_path / "new", "--patch-size", "32"], 1, "one patch"),
+             ([mixed_cache, tmp_path / "new", "--patch-size", "32"], 1, "no patch is left to hide"),
              ([mixed_cache, tmp_path / "new", "--patch-size", "17"], 2, "patch-size"),
              *(([mixed_cache, tmp_path / "new", flag, value], 2, flag) for flag, value in (
                  ("--lr", "nan"), ("--lr", "-1"), ("--momentum", "1.5"), ("--workers", "-1"),
