@@ -246,29 +246,36 @@ for part, words in BODY_PARTS.items():
         PARTS_OF_WORD.setdefault(word, []).append(part)
 LONGEST_FIRST = sorted(PARTS_OF_WORD, key=len, reverse=True)
 
-# What may differ between two passes over the same places: echoes, b-values, phases, kernels, scans.
-ACQUISITION_TAGS = (
+# What may differ between two passes over the same places: what sort of picture a slice is (echoes,
+# b-values, phases, kernels), and then, in the last WHEN of them, when it was taken.
+PASS_TAGS = (
     "EchoTime", "EffectiveEchoTime", "DiffusionBValue", "TemporalPositionIdentifier",
     "TemporalPositionIndex", "TriggerTime", "NominalCardiacTriggerDelayTime", "ConvolutionKernel",
-    "AcquisitionNumber", "ImageType", "FrameType", "ComplexImageComponent", "AcquisitionTime",
-    "ContentTime")
+    "ImageType", "FrameType", "ComplexImageComponent",
+    "AcquisitionNumber", "AcquisitionTime", "ContentTime")
+WHEN = 3
+ACQUISITION_NUMBER = PASS_TAGS.index("AcquisitionNumber")
 DIRECTION_TOLERANCE = 0.01  # of the numbers of unit vectors: half a degree
 SPACING_TOLERANCE = 0.01  # a hundredth of it
 PLACE_TOLERANCE = 0.02  # mm along the normal
 ANOTHER_PASS = "another echo, b-value, phase or time of a kept series"
+NOT_TOLD_APART = "no tag tells it from a kept slice of its place: a copy, or another pass"
 NO_GEOMETRY = "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient"
+# What a value that is not as the standard wants it can raise.
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
 
 
 class Slice(NamedTuple):
     """What the header says of one plane of a volume; of an enhanced file, of one of its frames."""
     file: str  # path below the source
     frame: int
+    uid: str  # SOPInstanceUID of the file
     size: tuple  # rows, columns
     direction: tuple  # (6,) unit vectors along a row and along a column; () if it is not told
     spacing: tuple  # (2,) mm from row to row, from column to column
     position: tuple  # (3,) mm, the centre of the first pixel
     number: int  # InstanceNumber, or the frame's
-    values: tuple  # of ACQUISITION_TAGS, as text
+    values: tuple  # of PASS_TAGS, as text
 
 
 def split_words(text):
@@ -339,11 +346,21 @@ def functional_groups(ds, frame):
     return groups
 
 
-def first_value(datasets, tag, default=None):
-    """The value of a tag in the first data set that has one; empty values do not count."""
-    for ds in datasets:
+def value_of(ds, tag):
+    """The value of a tag; None if there is none or it is empty. Malformed numbers come as text."""
+    try:
         value = ds.get(tag)
-        if value not in (None, ""):
+    except MALFORMED:
+        raw = ds.get_item(tag).value  # bytes of the file
+        value = bytes(raw).decode("latin-1")
+    return None if value == "" else value
+
+
+def first_value(datasets, tag, default=None):
+    """The value of a tag in the first data set that has one."""
+    for ds in datasets:
+        value = value_of(ds, tag)
+        if value is not None:
             return value
     return default
 
@@ -354,27 +371,38 @@ def per_frame(ds, frame, tag, default=None):
 
 
 def numbers_of(value):
-    """A DICOM value of one or more numbers -> a tuple of floats, () if it is none."""
+    """A DICOM value of one or more numbers -> a tuple of finite floats, () if it is none.
+
+    A decimal comma is read as a point: some programs write numbers as their country does.
+    """
+    if isinstance(value, str):
+        value = value.split("\\")
+    numbers = []
     try:
-        return tuple(float(number) for number in np.atleast_1d(value))
-    except (TypeError, ValueError):
+        for number in np.atleast_1d(value):
+            numbers.append(float(str(number).replace(",", ".")))
+    except ValueError:
         return ()
+    if not np.isfinite(numbers).all():
+        return ()
+    return tuple(numbers)
 
 
 def slice_of(ds, path, frame):
     """The header of one frame of a file as a Slice."""
     places = [*functional_groups(ds, frame), ds]  # where its values can stand
-    number = numbers_of(ds.get("InstanceNumber"))
+    number = numbers_of(value_of(ds, "InstanceNumber"))
     values = []
-    for tag in ACQUISITION_TAGS:
+    for tag in PASS_TAGS:
         values.append(str(first_value(places, tag, "")))
     return Slice(
         file=path,
         frame=frame,
+        uid=str(ds.get("SOPInstanceUID", "")),
         size=(int(ds.Rows), int(ds.Columns)),
-        direction=numbers_of(first_value(places, "ImageOrientationPatient", ())),
-        spacing=numbers_of(first_value(places, "PixelSpacing", ())),
-        position=numbers_of(first_value(places, "ImagePositionPatient", ())),
+        direction=numbers_of(first_value(places, "ImageOrientationPatient")),
+        spacing=numbers_of(first_value(places, "PixelSpacing")),
+        position=numbers_of(first_value(places, "ImagePositionPatient")),
         number=int(number[0]) + frame if number else frame,
         values=tuple(values),
     )
@@ -408,7 +436,8 @@ def read_header(source, path, modality, allow_2d):
     series = str(ds.get("SeriesInstanceUID") or "")
     if re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))):
         raise Rejected("localizer")
-    if int(ds.get("SamplesPerPixel") or 1) > 1:
+    is_palette = ds.get("PhotometricInterpretation") == "PALETTE COLOR"
+    if is_palette or int(ds.get("SamplesPerPixel") or 1) > 1:
         if not allow_2d:
             raise Rejected("a colour map, no grey values (--allow-2d keeps it as an image)")
         return sample
@@ -422,94 +451,139 @@ def read_header(source, path, modality, allow_2d):
     return sample
 
 
-def is_alike(one, other):
-    """True if two slices can be of one volume: of one size, direction and spacing.
+def are_close(numbers, others, tolerances):
+    """True if two tuples have as many numbers, and no two differ by more than the tolerance."""
+    if len(numbers) != len(others):
+        return False
+    pairs = zip(numbers, others, tolerances)
+    return all(abs(number - other) <= tolerance for number, other, tolerance in pairs)
+
+
+def can_share_volume(one, other):
+    """True if two slices are of one size, direction and spacing, and both say where they lie or not.
 
     Numbers are compared with tolerances: scanners and converters round them, slice by slice.
     """
-    if one.size != other.size:
+    if one.size != other.size or len(one.position) != len(other.position):
         return False
-    if len(one.direction) != len(other.direction) or len(one.spacing) != len(other.spacing):
+    if not are_close(one.direction, other.direction, [DIRECTION_TOLERANCE] * 6):
         return False
-    return (np.allclose(one.direction, other.direction, rtol=0, atol=DIRECTION_TOLERANCE)
-            and np.allclose(one.spacing, other.spacing, rtol=SPACING_TOLERANCE, atol=0))
+    return are_close(one.spacing, other.spacing, [SPACING_TOLERANCE * mm for mm in other.spacing])
 
 
-def is_placed(one):
-    """True if a slice says where it lies in the patient."""
-    return len(one.direction) == 6 and len(one.spacing) == 2 and len(one.position) == 3
+def split_by_geometry(slices):
+    """Slices of one series -> lists of those that can share a volume, the longest first."""
+    groups = []
+    for one in slices:
+        for group in groups:
+            if can_share_volume(one, group[0]):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return sorted(groups, key=len, reverse=True)
 
 
-def position_along_normal(one, direction):
-    """mm along the normal of a direction (6,), by which slices are sorted (PS3.3 C.7.6.2.1.1)."""
+def positions_along_normal(slices):
+    """(n,) mm along the normal of the first slice, by which they are sorted (PS3.3 C.7.6.2.1.1)."""
+    direction = slices[0].direction
     normal = np.cross(direction[:3], direction[3:])
-    return float(np.dot(one.position, normal))
+    return np.array([one.position for one in slices]) @ normal
 
 
 def group_by_place(slices):
     """Slices of one direction -> a list for each place, in order along the normal."""
-    direction = slices[0].direction
-    # The number i tells slices of one position apart, which have no order.
-    ordered = sorted((position_along_normal(one, direction), i) for i, one in enumerate(slices))
+    positions = positions_along_normal(slices)  # (n,) mm
     places = []
-    last = -np.inf  # mm
-    for position, i in ordered:
-        if position - last > PLACE_TOLERANCE:
+    last = -np.inf
+    for i in np.argsort(positions, kind="stable"):
+        if positions[i] - last > PLACE_TOLERANCE:
             places.append([])
-            last = position
+            last = positions[i]
         places[-1].append(slices[i])
     return places
 
 
-def sort_key(value):
-    """Text of a tag as something to sort by: numbers by size, before words."""
-    try:
-        return 0, float(value), value
-    except ValueError:
-        return 1, 0.0, value
+def values_in_order(slices, tag):
+    """The different values of a tag: numbers by size, words by the InstanceNumbers they come with."""
+    first_number = {}  # {value: the lowest InstanceNumber}
+    for one in slices:
+        value = one.values[tag]
+        first_number[value] = min(one.number, first_number.get(value, one.number))
+    if all(len(numbers_of(value)) == 1 for value in first_number):
+        return sorted(first_number, key=lambda value: numbers_of(value)[0])
+    return sorted(first_number, key=lambda value: first_number[value])
 
 
-def pass_order(one):
-    """What slices of one place are sorted by where no tag has one value for a whole pass."""
-    return one.number, [sort_key(value) for value in one.values], one.file, one.frame
+def pass_by_tag(places):
+    """Slices at each place -> those of the first value of a tag that is at all places.
 
-
-def choose_pass(places):
-    """Slices at each place -> those of the first pass that covers all places.
-
-    A pass is told by a tag whose value its slices share, or by several such tags one after the
-    other: 2 echoes x 3 phases are 6 passes. Where no tag tells passes apart, the n-th slice of each
-    place is of the n-th pass, if all places have as many. Slices of one place that differ in no tag
-    may be copies: all stay, and read_series compares their pixels.
-
-    Rejected if no pass covers all places: a part of a body is no volume.
+    The tags are asked in their order. If none has such a value: None, and the most places that a
+    value is at.
     """
-    if all(len(slices) == 1 for slices in places):
-        return [slices[0] for slices in places]
-
-    # Of the values of a tag the first is taken whose slices are at all places.
-    largest = 0  # places that a pass covers
-    for tag in range(len(ACQUISITION_TAGS)):
-        values = {one.values[tag] for slices in places for one in slices}
+    largest = 0
+    for tag in range(len(PASS_TAGS)):
+        every = [one for slices in places for one in slices]
+        values = values_in_order(every, tag)
         if len(values) == 1:
             continue
-        for value in sorted(values, key=sort_key):
+        for value in values:
             part = []
             for slices in places:
                 part.append([one for one in slices if one.values[tag] == value])
             covered = sum(len(slices) > 0 for slices in part)
             if covered == len(places):
-                return choose_pass(part)
+                return part, covered
             largest = max(largest, covered)
+    return None, largest
 
-    # Every place has as many slices, each with values of its own.
+
+def pass_by_rank(places):
+    """The first slice of each of the places, which have as many slices.
+
+    So the n-th slice of each place is of the n-th pass. A cine gives each slice a time of its own:
+    where a tag has another number for all slices of a place, in every place, it gives the order.
+    Else InstanceNumber does, then times and names.
+    """
+    for tag in range(len(PASS_TAGS) - WHEN):
+        ranks_all = True
+        for slices in places:
+            values = {one.values[tag] for one in slices}
+            are_numbers = all(len(numbers_of(value)) == 1 for value in values)
+            ranks_all = ranks_all and are_numbers and len(values) == len(slices)
+        if ranks_all:
+            return [min(slices, key=lambda one: numbers_of(one.values[tag])) for slices in places]
+    return [min(slices, key=lambda one: (one.number, one.values[-WHEN:], one.file, one.frame))
+            for slices in places]
+
+
+def choose_pass(places):
+    """Slices at each place -> those of the first pass that covers all places, in order.
+
+    Passes are told apart by what differs between the slices of one place: by a tag that has one
+    value all over a pass, or by several of them, one after the other (2 echoes x 3 phases are 6
+    passes), or by the rank of a slice at its place. Slices of one place that differ in no tag may
+    be copies: all stay, and read_series compares their pixels.
+
+    Rejected if no pass covers all places: a part of a body is no volume.
+    """
+    if all(len(slices) == 1 for slices in places):
+        return [slices[0] for slices in places]
+    part, largest = pass_by_tag(places)
+    if part:
+        return choose_pass(part)
     if len({len(slices) for slices in places}) == 1:
-        return [min(slices, key=pass_order) for slices in places]
-    for slices in places:
-        if len({one.values for one in slices}) > 1:
-            raise Rejected(f"no pass covers the {len(places)} places of this series, "
-                           f"the largest {largest}")
-    return [one for slices in places for one in slices]
+        return pass_by_rank(places)
+
+    # Acquisitions can follow each other along the body, with a slice of both where they meet.
+    doubled = [slices for slices in places if len(slices) > 1]
+    same_sort = all(len({one.values[:-WHEN] for one in slices}) == 1 for slices in doubled)
+    acquisitions = {one.values[ACQUISITION_NUMBER] for slices in places for one in slices}
+    if same_sort and len(doubled) < len(acquisitions):
+        return [min(slices, key=lambda one: one.number) for slices in places]
+    if same_sort and len(doubled) <= len(places) // 2:
+        return [one for slices in places for one in slices]
+    raise Rejected(f"no pass covers the {len(places)} places of this series, the largest {largest}")
 
 
 def choose_slices(slices):
@@ -517,29 +591,17 @@ def choose_slices(slices):
 
     Rejected: too few, or as choose_pass says.
     """
-    if not all(is_placed(one) for one in slices):
+    one = slices[0]
+    if len(one.direction) != 6 or len(one.spacing) != 2 or len(one.position) != 3:
         raise Rejected(NO_GEOMETRY)
     places = group_by_place(slices)
     if len(places) < MIN_SLICES:
         where = ""
         if len(places) < len(slices):
-            where = f" at {len(places)} places"
+            where = " at one place" if len(places) == 1 else f" at {len(places)} places"
         raise Rejected(f"{len(slices)} slices{where} of this series, size and direction, "
                        f"a volume needs {MIN_SLICES}")
     return choose_pass(places)
-
-
-def split_by_geometry(slices):
-    """Slices of one series -> lists of those that can be of one volume (see is_alike)."""
-    groups = []
-    for one in slices:
-        for group in groups:
-            if is_alike(one, group[0]):
-                group.append(one)
-                break
-        else:
-            groups.append([one])
-    return groups
 
 
 def make_volume(slices, header_of, key, allow_2d):
@@ -547,10 +609,14 @@ def make_volume(slices, header_of, key, allow_2d):
 
     header_of: {file: its sample}. With allow_2d, files of one slice that make no volume are images.
     """
+    # Of a file that was sent twice, under two names, one is read.
+    originals = {}  # {header without the name: the first slice}
+    for one in slices:
+        originals.setdefault(one._replace(file=""), one)
     files = list(dict.fromkeys(one.file for one in slices))
     are_single = all(len(header_of[path].slices) == 1 for path in files)
     try:
-        kept = choose_slices(slices)
+        kept = choose_slices(list(originals.values()))
     except Rejected as error:
         if are_single and allow_2d:
             images = [replace(header_of[path], kind="dicom", key="", slices=[]) for path in files]
@@ -558,9 +624,17 @@ def make_volume(slices, header_of, key, allow_2d):
         hint = " (--allow-2d keeps each as an image)" if are_single else ""
         return [], [(path, error.reason + hint) for path in files]
 
-    kept_files = sorted({one.file for one in kept})
-    volume = replace(header_of[kept_files[0]], files=kept_files, slices=kept, key=key)
-    return [volume], [(path, ANOTHER_PASS) for path in files if path not in kept_files]
+    # Copies of what is read are files of the volume, too.
+    read = set(kept)
+    used = {one.file for one in slices if originals[one._replace(file="")] in read}
+    volume = replace(header_of[min(used)], files=sorted(used), slices=kept, key=key)
+    like_kept = {one._replace(file="", uid="") for one in kept}
+    left_out = {}  # {file: reason}
+    for one in slices:
+        if one.file not in used:
+            is_like = one._replace(file="", uid="") in like_kept
+            left_out[one.file] = NOT_TOLD_APART if is_like else ANOTHER_PASS
+    return [volume], list(left_out.items())
 
 
 def group_series(samples, allow_2d):
@@ -1304,21 +1378,15 @@ def read_nifti(paths, sample, count, seed):
 
 
 # ---- read one file: DICOM ------------------------------------------------------------------------
-# What a tag that is not as the standard wants it can raise.
-MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
 # X-ray angiography and fluoroscopy: for display their modality LUT is not applied (PS3.4 N.2.5).
 NO_MODALITY_LUT = ("1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.1.1",
-                   "1.2.840.10008.5.1.4.1.1.12.2", "1.2.840.10008.5.1.4.1.1.12.2.1")
+                   "1.2.840.10008.5.1.4.1.1.12.2", "1.2.840.10008.5.1.4.1.1.12.2.1",
+                   "1.2.840.10008.5.1.4.1.1.12.3")
+COPIES = "duplicate slices dropped"
 # CHOICE: a window that leaves so few pixels between black and white is that of another image.
 LEAST_SHOWN = 0.1
-
-
-class Grey(NamedTuple):
-    """One grey frame on its way to the screen."""
-    stored: np.ndarray  # (h, w) as in the file
-    values: np.ndarray  # (h, w) float32, in the unit of the file
-    padding: np.ndarray  # (h, w) bool, no part of the picture
-    windowed: object  # (h, w) float32 in [0, 1] by the file's window or LUT, or None
+# CHOICE: of longer sequences a part of the pixels, evenly spaced, gives the percentiles.
+MOST_ASKED = 2**24
 
 
 def padding_mask(ds, stored):
@@ -1340,12 +1408,15 @@ def padding_mask(ds, stored):
 
 
 def rescale_of(ds, frame):
-    """Slope and intercept from stored values to the unit of the file, HU for CT."""
-    slope = np.float32(per_frame(ds, frame, "RescaleSlope", 1))
-    intercept = np.float32(per_frame(ds, frame, "RescaleIntercept", 0))
-    if not np.isfinite(slope) or not np.isfinite(intercept):
+    """Slope and intercept from stored values to the unit of the file, HU for CT.
+
+    Rejected if they are no numbers.
+    """
+    slope = numbers_of(per_frame(ds, frame, "RescaleSlope", 1))
+    intercept = numbers_of(per_frame(ds, frame, "RescaleIntercept", 0))
+    if not slope or not intercept:
         raise Rejected("rescale is not finite")
-    return slope, intercept
+    return np.float32(slope[0]), np.float32(intercept[0])
 
 
 def says_hounsfield(ds):
@@ -1359,24 +1430,25 @@ def says_hounsfield(ds):
         return unit == "HU"
 
     # Scanners store HU + 1024, so that air is zero.
-    if rescale_of(ds, 0)[1] < 0:
+    intercept = numbers_of(per_frame(ds, 0, "RescaleIntercept", 0))
+    if intercept and intercept[0] < 0:
         return True
     return None
 
 
-def read_lut(item):
+def lut_entries(descriptor, data, is_little_endian):
     """A LUT of a DICOM file -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1.1).
 
     Entries of 8 bits come in bytes or in words, whatever the descriptor says.
     """
-    count, first, _ = (int(number) for number in item.LUTDescriptor)
-    count = count or 65536  # which two bytes cannot say
+    count, first, _ = (int(number) for number in descriptor)
+    count = count % 65536 or 65536  # two bytes cannot say 65536, and may be read with a sign
 
     # Words come as numbers, or as the bytes of the file.
-    data = item.LUTData
+    word = np.dtype("<u2" if is_little_endian else ">u2")
     if not isinstance(data, bytes):
-        data = np.atleast_1d(data).astype("<u2").tobytes()
-    entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else "<u2")[:count]
+        data = np.atleast_1d(data).astype(word).tobytes()
+    entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else word)[:count]
     if len(entries) < 2:
         raise ValueError("a LUT of one entry")
     return first, entries.astype(np.float32)
@@ -1390,21 +1462,32 @@ def look_up(values, first, entries):
     return entries[index.astype(np.int64)]
 
 
+def through_lut(ds, lut, values):
+    """Values through a LUT of a sequence, and its lowest and highest entry."""
+    _, is_little_endian = ds.original_encoding
+    first, entries = lut_entries(lut.LUTDescriptor, lut.LUTData, is_little_endian)
+    return look_up(values, first, entries), entries.min(), entries.max()
+
+
 def apply_modality(ds, frame, stored, notes):
     """Stored values -> float32 values in the file's unit, by a LUT or a line (PS3.3 C.11.1)."""
     # A LUT takes the place of slope and intercept.
     luts = ds.get("ModalityLUTSequence")
     if luts and ds.get("SOPClassUID") not in NO_MODALITY_LUT:
         try:
-            return look_up(stored, *read_lut(luts[0]))
+            values, _, _ = through_lut(ds, luts[0], stored)
+            return values
         except MALFORMED:
             notes.add("modality LUT cannot be read: not used")
+
     try:
         slope, intercept = rescale_of(ds, frame)
-    except MALFORMED:
+    except Rejected:
+        slope = 0
+    if slope == 0:
         notes.add("rescale cannot be read: not used")
         return stored.astype(np.float32)
-    return (stored * slope + intercept).astype(np.float32)
+    return stored * slope + intercept
 
 
 def apply_window(values, center, width, function):
@@ -1414,108 +1497,173 @@ def apply_window(values, center, width, function):
     if function == "LINEAR_EXACT":
         shown = (values - center) / width + 0.5
     elif width == 1:
-        shown = values > center - 0.5
+        shown = (values > center - 0.5).astype(np.float32)
     else:
         shown = (values - (center - 0.5)) / (width - 1) + 0.5
     return np.clip(shown, 0, 1)
 
 
-def apply_voi(ds, frame, values):
+def apply_voi(ds, frame, values, notes):
     """Values -> float32 in [0, 1] by the file's VOI LUT, else its first window (PS3.3 C.11.2).
 
-    None if it has neither. MALFORMED errors if what it has cannot be used.
+    None if it has neither, or what it has cannot be used.
     """
     luts = per_frame(ds, frame, "VOILUTSequence")
     if luts:
-        first, entries = read_lut(luts[0])
-        shown = look_up(values, first, entries) - entries.min()
-        return (shown / max(np.ptp(entries), 1)).astype(np.float32)
+        try:
+            shown, lowest, highest = through_lut(ds, luts[0], values)
+            return (shown - lowest) / max(highest - lowest, 1)
+        except MALFORMED:
+            notes.add("VOI LUT cannot be read: not used")
 
-    # Of several windows the first is meant for the first look.
     center = per_frame(ds, frame, "WindowCenter")
     width = per_frame(ds, frame, "WindowWidth")
     if center is None or width is None:
         return None
-    center = float(np.atleast_1d(center)[0])
-    width = float(np.atleast_1d(width)[0])
+    # Any other function counts as linear, whose width is at least 1.
     function = str(per_frame(ds, frame, "VOILUTFunction", "LINEAR")).upper()
-    least_width = 1 if function not in ("SIGMOID", "LINEAR_EXACT") else 1e-6
-    if not np.isfinite(center) or not least_width <= width < np.inf:
-        raise ValueError("the window is none")
-    return apply_window(values, center, width, function).astype(np.float32)
+    least_width = 1e-6 if function in ("SIGMOID", "LINEAR_EXACT") else 1
+    # Of several windows the first is meant for the first look.
+    center = numbers_of(center)
+    width = numbers_of(width)
+    if not center or not width or width[0] < least_width:
+        notes.add("window cannot be read: not used")
+        return None
+    return apply_window(values, center[0], width[0], function)
 
 
-def grey_frame(ds, frame, stored, notes):
-    """One frame of stored pixels (h, w) -> Grey."""
-    padding = padding_mask(ds, stored)
-    values = apply_modality(ds, frame, stored, notes)
-    try:
-        windowed = apply_voi(ds, frame, values)
-    except MALFORMED:
-        notes.add("window or VOI LUT cannot be read: not used")
+class Grey(NamedTuple):
+    """One grey frame, (h, w), on its way to the screen."""
+    stored: np.ndarray  # as in the file
+    padding: np.ndarray  # bool, no part of the picture
+    values: np.ndarray  # float32, in the unit of the file
+    windowed: object  # float32 in [0, 1] by the file's window or LUT; None without, and but for X-ray
+
+
+class Scale(NamedTuple):
+    """How grey frames are shown."""
+    source: str  # which picture of a Grey
+    low: float  # what becomes black in it
+    high: float  # white
+    hounsfield: bool = False
+
+
+def grey_frames(ds, stored, modality, notes):
+    """Yield frames {n: stored pixels (h, w)} as Grey, one at a time: all would fill the memory."""
+    for n, pixels in stored.items():
+        padding = padding_mask(ds, pixels)
+        values = apply_modality(ds, n, pixels, notes)
         windowed = None
-    return Grey(stored, values, padding, windowed)
+        if modality == "xray":
+            windowed = apply_voi(ds, n, values, notes)
+        yield Grey(pixels, padding, values, windowed)
 
 
-def windows_are_useful(frames):
-    """True if every frame has a window, and they leave something between black and white."""
-    if any(frame.windowed is None for frame in frames):
+def window_is_useful(frames, notes):
+    """True if every Grey frame has a window, and these leave enough between black and white."""
+    pixels = 0
+    between = 0
+    for frame in frames:
+        if frame.windowed is None:
+            return False
+        shown = frame.windowed[~frame.padding]  # (n,)
+        pixels += shown.size
+        between += np.count_nonzero((shown > 0.01) & (shown < 0.99))
+    if between < LEAST_SHOWN * pixels:
+        notes.add("window shows nearly nothing: not used")
         return False
-    shown = np.concatenate([frame.windowed[~frame.padding] for frame in frames])
-    between = (shown > 0.01) & (shown < 0.99)
-    return shown.size > 0 and between.mean() >= LEAST_SHOWN
+    return True
 
 
-def display_values(ds, frames, modality, notes):
-    """Grey frames -> [(h, w) float32 in [0, 1]] as displayed, all by one rule and one stretch.
+def frames_are_hounsfield(ds, frames):
+    """True if the values of Grey frames of CT are HU, by the header or by the lowest of them."""
+    said = says_hounsfield(ds)
+    if said is not None:
+        return said
+    lowest = np.inf
+    for frame in frames:
+        lowest = min(lowest, frame.values[~frame.padding].min(initial=np.inf))
+    return is_hounsfield(lowest)
 
-    CT by HU_RANGE if its values are HU, X-ray by the file's window, other images of 8 bits as they
+
+def percentile_scale(frames, pixels):
+    """The Scale from percentile to percentile of the values of Grey frames, of so many pixels."""
+    step = pixels // MOST_ASKED + 1
+    asked = [frame.values[~frame.padding][::step] for frame in frames]
+    low, high = percentile_range(np.concatenate(asked))
+    return Scale("values", float(low), float(high))  # so that frames stay float32
+
+
+def choose_scale(ds, stored, modality, notes):
+    """The Scale for all frames {n: stored pixels (h, w)}: what changes in time goes on changing.
+
+    X-ray by the file's window, CT by HU_RANGE if its values are HU, other images of 8 bits as they
     are, the rest by percentiles.
     """
-    # CT of another unit is an image like others.
-    hounsfield = False
+    def frames():
+        return grey_frames(ds, stored, modality, notes)
+
+    if modality == "xray" and window_is_useful(frames(), notes):
+        return Scale("windowed", 0.0, 1.0)
     if modality == "ct":
-        valid = np.concatenate([frame.values[~frame.padding] for frame in frames])
-        hounsfield = says_hounsfield(ds)
-        if hounsfield is None:
-            hounsfield = valid.size > 0 and is_hounsfield(valid.min())
-        if not hounsfield:
-            notes.add(NOT_HU)
+        if frames_are_hounsfield(ds, frames()):
+            return Scale("values", *HU_RANGE, hounsfield=True)
+        notes.add(NOT_HU)
+    if modality not in VOLUMES and ds.BitsStored <= 8 and not ds.PixelRepresentation:
+        return Scale("stored", 0.0, 2.0**ds.BitsStored - 1)
+    return percentile_scale(frames(), sum(pixels.size for pixels in stored.values()))
 
-    full = np.float32((1 << ds.BitsStored) - 1)
-    if hounsfield:
-        low, high = HU_RANGE
-        planes = [(np.clip(frame.values, low, high) - low) / (high - low) for frame in frames]
-    elif modality == "xray" and windows_are_useful(frames):
-        planes = [frame.windowed for frame in frames]
-    elif modality != "mri" and ds.BitsStored <= 8 and not ds.PixelRepresentation:
-        planes = [frame.stored / full for frame in frames]
-    else:
-        planes = normalize_percentiles(np.stack([frame.values for frame in frames]),
-                                       ~np.stack([frame.padding for frame in frames]))
 
-    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and not hounsfield
+def display(ds, stored, modality, notes):
+    """Grey frames {n: stored pixels (h, w)} -> {n: (h, w) float32 in [0, 1]} as on a screen.
+
+    In this order: padding found, modality LUT or rescale, window or VOI LUT (or another Scale),
+    MONOCHROME1 inverted, padding made black. A step whose tags are malformed is left out.
+    """
+    scale = choose_scale(ds, stored, modality, notes)
+    # HU mean the same whatever a screen makes of them.
+    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and not scale.hounsfield
     if inverted:
         notes.add("MONOCHROME1: inverted")
-    shown = []
-    for frame, plane in zip(frames, planes):
-        plane = 1 - plane if inverted else plane
-        shown.append(np.where(frame.padding, 0, plane).astype(np.float32))
+
+    width = max(scale.high - scale.low, 1e-6)
+    shown = {}
+    for n, frame in zip(stored, grey_frames(ds, stored, modality, notes)):
+        plane = getattr(frame, scale.source).astype(np.float32)
+        plane = np.clip((plane - scale.low) / width, 0, 1)
+        if inverted:
+            plane = 1 - plane
+        shown[n] = np.where(frame.padding, np.float32(0), plane)
     return shown
 
 
 def read_colour(ds, stored):
-    """A colour frame -> (h, w, 3) in [0, 1]."""
-    if ds.PhotometricInterpretation == "PALETTE COLOR":
-        coloured = apply_color_lut(stored, ds)  # (h, w, 3), uint8 or uint16 as the palette is
-        return coloured / np.float32(np.iinfo(coloured.dtype).max)
-    return stored / np.float32((1 << ds.BitsStored) - 1)
+    """A colour frame -> (h, w, 3) float32 in [0, 1]."""
+    if ds.PhotometricInterpretation != "PALETTE COLOR":
+        return stored / np.float32(2**ds.BitsStored - 1)
+    if "SegmentedRedPaletteColorLookupTableData" in ds:
+        coloured = apply_color_lut(stored, ds)[:, :, :3]  # (h, w, 3) without the transparency
+        highest = np.iinfo(coloured.dtype).max
+    else:
+        channels = []
+        highest = 0
+        _, is_little_endian = ds.original_encoding
+        for colour in ("Red", "Green", "Blue"):
+            first, entries = lut_entries(ds[f"{colour}PaletteColorLookupTableDescriptor"].value,
+                                         ds[f"{colour}PaletteColorLookupTableData"].value,
+                                         is_little_endian)
+            channels.append(look_up(stored, first, entries))
+            highest = max(highest, entries.max())
+        coloured = np.stack(channels, axis=2)  # (h, w, 3)
+
+    # Entries of 8 bits also come in words, whatever the descriptor says.
+    return coloured / np.float32(255 if highest <= 255 else 65535)
 
 
 def pixel_spacing(ds):
     """Distance from row to row and from column to column, in any unit: only their ratio counts."""
     for tag in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
-        spacing = numbers_of(per_frame(ds, 0, tag, ()))
+        spacing = numbers_of(per_frame(ds, 0, tag))
         if len(spacing) == 2 and 0 < min(spacing) <= max(spacing) < np.inf:
             return spacing
     return 1.0, 1.0
@@ -1545,11 +1693,9 @@ def read_dicom(paths, sample, count, seed):
     # All grey frames are scaled together.
     is_colour = ds.PhotometricInterpretation == "PALETTE COLOR" or stored[chosen[0]].ndim == 3
     if is_colour:
-        planes = [read_colour(ds, pixels) for pixels in stored.values()]
+        shown = {frame: read_colour(ds, pixels) for frame, pixels in stored.items()}
     else:
-        grey = [grey_frame(ds, frame, pixels, notes) for frame, pixels in stored.items()]
-        planes = display_values(ds, grey, sample.modality, notes)
-    shown = dict(zip(stored, planes))
+        shown = display(ds, stored, sample.modality, notes)
     planes = [shown[frame] for frame in chosen]
     return Frames(planes, ds.BitsStored > 8, pixel_spacing(ds), tuple(notes))
 
@@ -1576,25 +1722,27 @@ def load_planes(path, slices, modality, notes):
     planes = []
     for one in slices:
         pixels = stored[one.frame]
-        try:
-            slope, intercept = rescale_of(ds, one.frame)
-        except MALFORMED as error:
-            raise Rejected("rescale cannot be read", f"{Path(path).name}, {error}") from error
+        slope, intercept = rescale_of(ds, one.frame)
         scale = (-slope, -intercept) if inverted else (slope, intercept)
         planes.append(Plane(one, pixels, padding_mask(ds, pixels), scale))
     return planes, says_hounsfield(ds)
 
 
 def drop_copies(planes, notes):
-    """Of planes at one place the first. Rejected if the others differ: that is a wrong anatomy."""
+    """Planes, one at each place, in order. Rejected if two of one place differ: a wrong anatomy.
+
+    Only copies can be left: choose_pass has taken one pass. Of one SOPInstanceUID they are copies
+    without a look, since compression may have changed them.
+    """
     of_slice = {plane.header: plane for plane in planes}
     kept = []
     for place in group_by_place(list(of_slice)):
         first, *others = [of_slice[one] for one in place]
         for other in others:
-            if not np.array_equal(first.pixels, other.pixels):
+            has_same_uid = first.header.uid and first.header.uid == other.header.uid
+            if not has_same_uid and not np.array_equal(first.pixels, other.pixels):
                 raise Rejected("two different slices at one position")
-            notes.add("duplicate slices dropped")
+            notes.add(COPIES)
         kept.append(first)
     return kept
 
@@ -1603,13 +1751,15 @@ def fill_padding(planes):
     """Planes whose padding has the darkest value of the volume, so that it is background."""
     if not any(plane.padding.any() for plane in planes):
         return planes
+
     # A slice may be padding from edge to edge: the background is that of all slices.
-    valid = [plane.pixels[~plane.padding] for plane in planes if not plane.padding.all()]
-    if not valid:
-        return planes
-    darkest = min(0, *(int(pixels.min()) for pixels in valid))
-    if planes[0].scale[0] < 0:  # black and white are exchanged
-        darkest = max(int(pixels.max()) for pixels in valid)
+    darkest = 0
+    swapped = planes[0].scale[0] < 0  # black and white
+    for plane in planes:
+        valid = plane.pixels[~plane.padding]
+        if valid.size:
+            darkest = max(darkest, valid.max()) if swapped else min(darkest, valid.min())
+
     filled = []
     for plane in planes:
         pixels = np.where(plane.padding, np.array(darkest, plane.pixels.dtype), plane.pixels)
@@ -1619,8 +1769,7 @@ def fill_padding(planes):
 
 def check_gaps(slices):
     """Rejected if a slice is missing between others: distances differ by a twentieth and .1 mm."""
-    positions = [position_along_normal(one, slices[0].direction) for one in slices]
-    gaps = np.diff(positions)  # mm
+    gaps = np.diff(positions_along_normal(slices))  # (n - 1,) mm
     usual = np.median(gaps)
     worst = np.abs(gaps - usual).argmax()
     if abs(gaps[worst] - usual) > max(0.05 * usual, 0.1):
@@ -1654,6 +1803,9 @@ def read_series(paths, sample, count, seed):
     planes = []
     said = set()
     for file, path in zip(sample.files, paths):
+        if file not in wanted:
+            notes.add(COPIES)
+            continue
         found, hounsfield = load_planes(path, wanted[file], sample.modality, notes)
         planes += found
         said.add(hounsfield)
@@ -1687,15 +1839,20 @@ HU_EVIDENCE = -20
 MASK_VALUES = 16
 
 
-def normalize_percentiles(x, valid=None):
-    """Values of any shape -> float32: the 0.5 and 99.5 percentile (of valid ones) become 0 and 1.
+def percentile_range(values):
+    """What becomes black and white: the 0.5 and the 99.5 percentile of values of any shape.
 
     CHOICE: the paper asks for [0, 1] and does not say how; nnU-Net clips CT by these percentiles.
     """
-    values = x if valid is None else x[valid]
     if values.size == 0:
-        return np.zeros(x.shape, np.float32)
+        return 0.0, 1.0
     low, high = np.percentile(values, (0.5, 99.5))
+    return low, high
+
+
+def normalize_percentiles(x, valid=None):
+    """Values of any shape -> float32: the percentile_range (of valid ones) becomes [0, 1]."""
+    low, high = percentile_range(x if valid is None else x[valid])
     return np.clip((x - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
 
 
