@@ -1395,15 +1395,18 @@ def padding_mask(ds, stored):
     The tag may have a sign where the pixels have none, so the bits are compared: 63536 is -2000.
     """
     bits = 8 * stored.itemsize
-    # A value that the pixels cannot have, with or without a sign, means nothing.
     ends = []
     for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
-        for value in numbers_of(ds.get(tag))[:1]:
-            if -(1 << bits - 1) <= value < 1 << bits:
-                pattern = np.array(int(value) % (1 << bits), f"u{stored.itemsize}")
-                ends.append(pattern.view(stored.dtype).item())
+        numbers = numbers_of(value_of(ds, tag))
+        # A value that the pixels cannot have, with or without a sign, means nothing.
+        if not numbers or not -2**(bits - 1) <= numbers[0] < 2**bits:
+            continue
+        value = int(numbers[0]) % 2**bits  # the bits, as a number without a sign
+        if stored.dtype.kind == "i" and value >= 2**(bits - 1):
+            value -= 2**bits
+        ends.append(value)
     if not ends:
-        return np.zeros(stored.shape, bool)
+        return np.broadcast_to(False, stored.shape)
     return (stored >= min(ends)) & (stored <= max(ends))
 
 
@@ -1637,27 +1640,36 @@ def display(ds, stored, modality, notes):
     return shown
 
 
-def read_colour(ds, stored):
-    """A colour frame -> (h, w, 3) float32 in [0, 1]."""
-    if ds.PhotometricInterpretation != "PALETTE COLOR":
-        return stored / np.float32(2**ds.BitsStored - 1)
-    if "SegmentedRedPaletteColorLookupTableData" in ds:
-        coloured = apply_color_lut(stored, ds)[:, :, :3]  # (h, w, 3) without the transparency
-        highest = np.iinfo(coloured.dtype).max
-    else:
-        channels = []
-        highest = 0
-        _, is_little_endian = ds.original_encoding
-        for colour in ("Red", "Green", "Blue"):
-            first, entries = lut_entries(ds[f"{colour}PaletteColorLookupTableDescriptor"].value,
-                                         ds[f"{colour}PaletteColorLookupTableData"].value,
-                                         is_little_endian)
-            channels.append(look_up(stored, first, entries))
-            highest = max(highest, entries.max())
-        coloured = np.stack(channels, axis=2)  # (h, w, 3)
-
+def apply_palette(ds, stored):
+    """Stored indices (h, w) -> colours (h, w, 3) float32 in [0, 1] (PS3.3 C.7.9)."""
+    _, is_little_endian = ds.original_encoding
+    channels = []
+    highest = 0  # entry of the palette
+    for colour in ("Red", "Green", "Blue"):
+        name = f"{colour}PaletteColorLookupTable"
+        data = ds[f"{name}Data"].value
+        first, entries = lut_entries(ds[f"{name}Descriptor"].value, data, is_little_endian)
+        channels.append(look_up(stored, first, entries))  # (h, w)
+        highest = max(highest, entries.max())
     # Entries of 8 bits also come in words, whatever the descriptor says.
-    return coloured / np.float32(255 if highest <= 255 else 65535)
+    full = np.float32(255 if highest <= 255 else 65535)
+    return np.stack(channels, axis=2) / full
+
+
+def colour_frame(ds, stored, notes):
+    """A frame (h, w[, 3]) as stored -> (h, w, 3) float32 in [0, 1]; None if it is grey."""
+    if stored.ndim == 3:
+        return stored / np.float32(2**ds.BitsStored - 1)
+    if ds.PhotometricInterpretation != "PALETTE COLOR":
+        return None
+    if "SegmentedRedPaletteColorLookupTableData" in ds:
+        coloured = apply_color_lut(stored, ds)[:, :, :3]  # without transparency
+        return coloured / np.float32(np.iinfo(coloured.dtype).max)
+    try:
+        return apply_palette(ds, stored)
+    except MALFORMED:
+        notes.add("palette cannot be read: not used")
+        return None
 
 
 def pixel_spacing(ds):
@@ -1690,11 +1702,9 @@ def read_dicom(paths, sample, count, seed):
         if frame not in stored:
             stored[frame] = pixel_array(ds, index=frame)  # (h, w) or (h, w, 3)
 
-    # All grey frames are scaled together.
-    is_colour = ds.PhotometricInterpretation == "PALETTE COLOR" or stored[chosen[0]].ndim == 3
-    if is_colour:
-        shown = {frame: read_colour(ds, pixels) for frame, pixels in stored.items()}
-    else:
+    # All frames of a file are of colour, or all are grey and are scaled together.
+    shown = {frame: colour_frame(ds, pixels, notes) for frame, pixels in stored.items()}
+    if shown[chosen[0]] is None:
         shown = display(ds, stored, sample.modality, notes)
     planes = [shown[frame] for frame in chosen]
     return Frames(planes, ds.BitsStored > 8, pixel_spacing(ds), tuple(notes))
