@@ -12,6 +12,7 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -93,6 +94,41 @@ def png(path, value=0):
     image = np.full((12, 16), value, np.uint8)
     image[0, 0] = 255  # else it would be blank
     Image.fromarray(image).save(path)
+
+
+def item(**tags):
+    """A DICOM data set of a sequence. A dict among the tags stands for a sequence of one item."""
+    dataset = pydicom.Dataset()
+    for name, value in tags.items():
+        setattr(dataset, name, Sequence([item(**value)]) if isinstance(value, dict) else value)
+    return dataset
+
+
+def enhanced(path, planes, groups, modality="MR", **tags):
+    """Planes (rows, columns) of 2.5 x 2 mm pixels as one enhanced file; `groups`: tags of each frame."""
+    shared = item(PlaneOrientationSequence={"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]},
+                  PixelMeasuresSequence={"PixelSpacing": [2.5, 2.0]})
+    return dicom(path, np.stack(planes).astype(np.int16), modality,
+                 **{"SeriesInstanceUID": generate_uid(), "SharedFunctionalGroupsSequence": Sequence([shared]),
+                    "PerFrameFunctionalGroupsSequence": Sequence([item(**tags) for tags in groups])} | tags)
+
+
+def edit(folder, change):
+    """Apply change(dataset, n) to each file of a folder, in the order of the positions."""
+    files = sorted(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
+    for n, path in enumerate(files):
+        ds = pydicom.dcmread(path)
+        change(ds, n)
+        ds.save_as(path)
+    return folder
+
+
+def add_series(folder, path, prefix):
+    """Move the files of a folder into another one, each under its name behind a prefix."""
+    path.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        file.rename(path / f"{prefix}{file.name}")
+    return path
 
 
 def command(monkeypatch, *args):
