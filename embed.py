@@ -200,6 +200,7 @@ def load_vit(meta, checkpoint, device):
     meta["weights_sha256"] = weights_sha256(network)
     meta["flags"] = state.get("flags")
     meta["step"] = state.get("step")
+    meta["total"] = state.get("total")  # steps of the whole run
     meta["parameters"] = sum(p.numel() for p in network.parameters())
 
     def embed(x):  # no augmentation; of longer videos 16 evenly spaced frames

@@ -247,13 +247,12 @@ for part, words in BODY_PARTS.items():
 LONGEST_FIRST = sorted(PARTS_OF_WORD, key=len, reverse=True)
 
 # What may differ between two passes over the same places: what sort of picture a slice is (echoes,
-# b-values, phases, kernels), and then, in the last WHEN of them, when it was taken.
+# b-values, phases, kernels), then the number of its acquisition, then the time.
 PASS_TAGS = (
     "EchoTime", "EffectiveEchoTime", "DiffusionBValue", "TemporalPositionIdentifier",
     "TemporalPositionIndex", "TriggerTime", "NominalCardiacTriggerDelayTime", "ConvolutionKernel",
     "ImageType", "FrameType", "ComplexImageComponent",
     "AcquisitionNumber", "AcquisitionTime", "ContentTime")
-WHEN = 3
 ACQUISITION_NUMBER = PASS_TAGS.index("AcquisitionNumber")
 DIRECTION_TOLERANCE = 0.01  # of the numbers of unit vectors: half a degree
 SPACING_TOLERANCE = 0.01  # a hundredth of it
@@ -538,23 +537,44 @@ def pass_by_tag(places):
     return None, largest
 
 
+def have_own_numbers(slices, tag):
+    """True if each of the slices of one place has a number of its own for a tag."""
+    values = {one.values[tag] for one in slices}
+    return len(values) == len(slices) and all(len(numbers_of(value)) == 1 for value in values)
+
+
 def pass_by_rank(places):
     """The first slice of each of the places, which have as many slices.
 
     So the n-th slice of each place is of the n-th pass. A cine gives each slice a time of its own:
-    where a tag has another number for all slices of a place, in every place, it gives the order.
-    Else InstanceNumber does, then times and names.
+    such a tag says which is the first. Else InstanceNumber does, then the time, then the name.
     """
-    for tag in range(len(PASS_TAGS) - WHEN):
-        ranks_all = True
-        for slices in places:
-            values = {one.values[tag] for one in slices}
-            are_numbers = all(len(numbers_of(value)) == 1 for value in values)
-            ranks_all = ranks_all and are_numbers and len(values) == len(slices)
-        if ranks_all:
+    for tag in range(ACQUISITION_NUMBER):
+        if all(have_own_numbers(slices, tag) for slices in places):
             return [min(slices, key=lambda one: numbers_of(one.values[tag])) for slices in places]
-    return [min(slices, key=lambda one: (one.number, one.values[-WHEN:], one.file, one.frame))
+    return [min(slices, key=lambda one: (one.number, one.values[ACQUISITION_NUMBER:], one.file))
             for slices in places]
+
+
+def differ_only_from(places, tag):
+    """True if slices of one place have the same values of all PASS_TAGS before one."""
+    return all(len({one.values[:tag] for one in slices}) == 1 for slices in places)
+
+
+def acquisitions_meet(places):
+    """True if acquisitions follow each other along the body and share no place but where they meet.
+
+    A head may be scanned in two parts, with one slice of both.
+    """
+    covered = {}  # {AcquisitionNumber: its places}
+    for n, slices in enumerate(places):
+        for one in slices:
+            covered.setdefault(one.values[ACQUISITION_NUMBER], []).append(n)
+    for numbers in covered.values():
+        if numbers != list(range(numbers[0], numbers[-1] + 1)):
+            return False
+    shared = sum(len(slices) > 1 for slices in places)
+    return shared < len(covered)
 
 
 def choose_pass(places):
@@ -562,8 +582,8 @@ def choose_pass(places):
 
     Passes are told apart by what differs between the slices of one place: by a tag that has one
     value all over a pass, or by several of them, one after the other (2 echoes x 3 phases are 6
-    passes), or by the rank of a slice at its place. Slices of one place that differ in no tag may
-    be copies: all stay, and read_series compares their pixels.
+    passes), or by the rank of a slice at its place. What may be copies stays: read_series compares
+    the pixels.
 
     Rejected if no pass covers all places: a part of a body is no volume.
     """
@@ -575,13 +595,14 @@ def choose_pass(places):
     if len({len(slices) for slices in places}) == 1:
         return pass_by_rank(places)
 
-    # Acquisitions can follow each other along the body, with a slice of both where they meet.
     doubled = [slices for slices in places if len(slices) > 1]
-    same_sort = all(len({one.values[:-WHEN] for one in slices}) == 1 for slices in doubled)
-    acquisitions = {one.values[ACQUISITION_NUMBER] for slices in places for one in slices}
-    if same_sort and len(doubled) < len(acquisitions):
+    if differ_only_from(doubled, ACQUISITION_NUMBER) and acquisitions_meet(places):
         return [min(slices, key=lambda one: one.number) for slices in places]
-    if same_sort and len(doubled) <= len(places) // 2:
+    # What differs in no tag may be a copy; so may a few slices that differ in their times alone.
+    may_be_copies = differ_only_from(doubled, len(PASS_TAGS))
+    if len(doubled) <= len(places) // 2:
+        may_be_copies = differ_only_from(doubled, ACQUISITION_NUMBER + 1)
+    if may_be_copies:
         return [one for slices in places for one in slices]
     raise Rejected(f"no pass covers the {len(places)} places of this series, the largest {largest}")
 
@@ -1179,14 +1200,14 @@ def deep_values(image, notes):
     if pixels.dtype == np.int32 and tags.get(BITS_PER_SAMPLE) == (32,) and is_unsigned:
         pixels = pixels.view(np.uint32)  # Pillow has no such mode
     values = pixels.astype(np.float32)
+    if tags.get(PHOTOMETRIC) == 0:  # Pillow exchanges black and white in 1 and 8 bits only
+        values = 1 - values  # all pages alike; the stretch that follows brings them to [0, 1]
     finite = np.isfinite(values)
     if not finite.any():
         raise Rejected("blank, no pixel has a value")
     if not finite.all():
         notes.add(NOT_FINITE)
         values = np.where(finite, values, values[finite].min())
-    if tags.get(PHOTOMETRIC) == 0:  # Pillow exchanges black and white in 1 and 8 bits only
-        values = values.max() + values.min() - values
     return values
 
 
@@ -1383,6 +1404,7 @@ NO_MODALITY_LUT = ("1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.1
                    "1.2.840.10008.5.1.4.1.1.12.2", "1.2.840.10008.5.1.4.1.1.12.2.1",
                    "1.2.840.10008.5.1.4.1.1.12.3")
 COPIES = "duplicate slices dropped"
+NO_WINDOW = "window or VOI LUT cannot be read: not used"
 # CHOICE: a window that leaves so few pixels between black and white is that of another image.
 LEAST_SHOWN = 0.1
 # CHOICE: of longer sequences a part of the pixels, evenly spaced, gives the percentiles.
@@ -1418,7 +1440,7 @@ def rescale_of(ds, frame):
     slope = numbers_of(per_frame(ds, frame, "RescaleSlope", 1))
     intercept = numbers_of(per_frame(ds, frame, "RescaleIntercept", 0))
     if not slope or not intercept:
-        raise Rejected("rescale is not finite")
+        raise Rejected("rescale cannot be read")
     return np.float32(slope[0]), np.float32(intercept[0])
 
 
@@ -1439,15 +1461,16 @@ def says_hounsfield(ds):
     return None
 
 
-def lut_entries(descriptor, data, is_little_endian):
-    """A LUT of a DICOM file -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1.1).
+def read_lut(ds, descriptor, data):
+    """A LUT of the file ds -> the input of its first entry, and its entries (n,) (PS3.3 C.11.1.1).
 
     Entries of 8 bits come in bytes or in words, whatever the descriptor says.
     """
     count, first, _ = (int(number) for number in descriptor)
-    count = count % 65536 or 65536  # two bytes cannot say 65536, and may be read with a sign
+    count = count % 65536 or 65536  # two bytes cannot say 65536, and are read with a sign at times
 
-    # Words come as numbers, or as the bytes of the file.
+    # Words come as numbers, or as the bytes of the file in its order.
+    _, is_little_endian = ds.original_encoding
     word = np.dtype("<u2" if is_little_endian else ">u2")
     if not isinstance(data, bytes):
         data = np.atleast_1d(data).astype(word).tobytes()
@@ -1458,18 +1481,11 @@ def lut_entries(descriptor, data, is_little_endian):
 
 
 def look_up(values, first, entries):
-    """Values through a LUT; those before its first entry or behind its last take that one."""
-    if first > 32767 and values.min() < 0:
+    """Whole values through a LUT; those before its first entry or behind its last take that one."""
+    if first > 32767 and values.max() < first:
         first -= 65536  # the descriptor lost its sign
-    index = np.clip(np.rint(values) - first, 0, len(entries) - 1)
-    return entries[index.astype(np.int64)]
-
-
-def through_lut(ds, lut, values):
-    """Values through a LUT of a sequence, and its lowest and highest entry."""
-    _, is_little_endian = ds.original_encoding
-    first, entries = lut_entries(lut.LUTDescriptor, lut.LUTData, is_little_endian)
-    return look_up(values, first, entries), entries.min(), entries.max()
+    index = values.astype(np.int64) - first
+    return entries[np.clip(index, 0, len(entries) - 1)]
 
 
 def apply_modality(ds, frame, stored, notes):
@@ -1478,8 +1494,8 @@ def apply_modality(ds, frame, stored, notes):
     luts = ds.get("ModalityLUTSequence")
     if luts and ds.get("SOPClassUID") not in NO_MODALITY_LUT:
         try:
-            values, _, _ = through_lut(ds, luts[0], stored)
-            return values
+            first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
+            return look_up(stored, first, entries)
         except MALFORMED:
             notes.add("modality LUT cannot be read: not used")
 
@@ -1514,10 +1530,11 @@ def apply_voi(ds, frame, values, notes):
     luts = per_frame(ds, frame, "VOILUTSequence")
     if luts:
         try:
-            shown, lowest, highest = through_lut(ds, luts[0], values)
-            return (shown - lowest) / max(highest - lowest, 1)
+            first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
+            shown = look_up(np.rint(values), first, entries) - entries.min()
+            return shown / max(np.ptp(entries), 1)
         except MALFORMED:
-            notes.add("VOI LUT cannot be read: not used")
+            notes.add(NO_WINDOW)
 
     center = per_frame(ds, frame, "WindowCenter")
     width = per_frame(ds, frame, "WindowWidth")
@@ -1530,7 +1547,7 @@ def apply_voi(ds, frame, values, notes):
     center = numbers_of(center)
     width = numbers_of(width)
     if not center or not width or width[0] < least_width:
-        notes.add("window cannot be read: not used")
+        notes.add(NO_WINDOW)
         return None
     return apply_window(values, center[0], width[0], function)
 
@@ -1579,14 +1596,15 @@ def window_is_useful(frames, notes):
 
 
 def frames_are_hounsfield(ds, frames):
-    """True if the values of Grey frames of CT are HU, by the header or by the lowest of them."""
+    """True if the values of Grey frames of CT are HU, by the header or by the values of one."""
     said = says_hounsfield(ds)
     if said is not None:
         return said
-    lowest = np.inf
     for frame in frames:
-        lowest = min(lowest, frame.values[~frame.padding].min(initial=np.inf))
-    return is_hounsfield(lowest)
+        valid = frame.values[~frame.padding]  # (n,)
+        if valid.size and is_hounsfield(valid):
+            return True
+    return False
 
 
 def percentile_scale(frames, pixels):
@@ -1641,35 +1659,36 @@ def display(ds, stored, modality, notes):
 
 
 def apply_palette(ds, stored):
-    """Stored indices (h, w) -> colours (h, w, 3) float32 in [0, 1] (PS3.3 C.7.9)."""
-    _, is_little_endian = ds.original_encoding
+    """Stored values (h, w) -> (h, w, 3) in [0, 1] by the file's palette (PS3.3 C.7.6.3.1.5)."""
+    if "SegmentedRedPaletteColorLookupTableData" in ds:
+        coloured = apply_color_lut(stored, ds)[:, :, :3]  # uint8 or uint16, without transparency
+        return coloured / np.float32(np.iinfo(coloured.dtype).max)
+
     channels = []
-    highest = 0  # entry of the palette
+    largest = 0
     for colour in ("Red", "Green", "Blue"):
-        name = f"{colour}PaletteColorLookupTable"
-        data = ds[f"{name}Data"].value
-        first, entries = lut_entries(ds[f"{name}Descriptor"].value, data, is_little_endian)
+        descriptor = ds[f"{colour}PaletteColorLookupTableDescriptor"].value
+        first, entries = read_lut(ds, descriptor, ds[f"{colour}PaletteColorLookupTableData"].value)
         channels.append(look_up(stored, first, entries))  # (h, w)
-        highest = max(highest, entries.max())
-    # Entries of 8 bits also come in words, whatever the descriptor says.
-    full = np.float32(255 if highest <= 255 else 65535)
-    return np.stack(channels, axis=2) / full
+        largest = max(largest, entries.max())
+
+    # Entries of 8 bits are sometimes declared as 16, and the other way round.
+    full = 255
+    if largest > full:
+        full = max(largest, 2**int(descriptor[2]) - 1)
+    return np.stack(channels, axis=2) / np.float32(full)
 
 
 def colour_frame(ds, stored, notes):
     """A frame (h, w[, 3]) as stored -> (h, w, 3) float32 in [0, 1]; None if it is grey."""
     if stored.ndim == 3:
         return stored / np.float32(2**ds.BitsStored - 1)
-    if ds.PhotometricInterpretation != "PALETTE COLOR":
-        return None
-    if "SegmentedRedPaletteColorLookupTableData" in ds:
-        coloured = apply_color_lut(stored, ds)[:, :, :3]  # without transparency
-        return coloured / np.float32(np.iinfo(coloured.dtype).max)
-    try:
-        return apply_palette(ds, stored)
-    except MALFORMED:
-        notes.add("palette cannot be read: not used")
-        return None
+    if ds.PhotometricInterpretation == "PALETTE COLOR":
+        try:
+            return apply_palette(ds, stored)
+        except MALFORMED:
+            notes.add("palette cannot be read: shown grey")
+    return None
 
 
 def pixel_spacing(ds):
@@ -1757,18 +1776,26 @@ def drop_copies(planes, notes):
     return kept
 
 
-def fill_padding(planes):
+def fill_padding(planes, modality):
     """Planes whose padding has the darkest value of the volume, so that it is background."""
     if not any(plane.padding.any() for plane in planes):
         return planes
 
     # A slice may be padding from edge to edge: the background is that of all slices.
-    darkest = 0
-    swapped = planes[0].scale[0] < 0  # black and white
+    lowest = []
+    highest = []
     for plane in planes:
-        valid = plane.pixels[~plane.padding]
+        valid = plane.pixels[~plane.padding]  # (n,)
         if valid.size:
-            darkest = max(darkest, valid.max()) if swapped else min(darkest, valid.min())
+            lowest.append(int(valid.min()))
+            highest.append(int(valid.max()))
+    if not lowest:
+        return planes
+    darkest = min(lowest)
+    if modality == "ct":
+        darkest = min(darkest, 0)  # a crop of the body may hold no air, which is at 0 or below
+    if planes[0].scale[0] < 0:  # black and white are exchanged
+        darkest = max(highest)
 
     filled = []
     for plane in planes:
@@ -1819,7 +1846,7 @@ def read_series(paths, sample, count, seed):
         found, hounsfield = load_planes(path, wanted[file], sample.modality, notes)
         planes += found
         said.add(hounsfield)
-    planes = fill_padding(drop_copies(planes, notes))
+    planes = fill_padding(drop_copies(planes, notes), sample.modality)
     check_gaps([plane.header for plane in planes])
 
     # Stored values stay as they are, but for PET and some MR, whose scale changes with the slice.
@@ -1843,8 +1870,9 @@ READERS = {"image": read_image, "clip": read_clip, "video": read_video, "nifti":
 # ---- arrays: everything becomes float32 in [0, 1], then (C, H, W, S) -----------------------------
 BLANK_VOLUME = "blank, no voxel has a value, or all the same"
 NOT_HU = "values are not Hounsfield units: stretched by percentiles"
-# CHOICE: values below this are air, lung or fat, which no scale from zero has.
-HU_EVIDENCE = -20
+AIR = -200  # HU, and lung: nothing else is as low
+FAT = -20  # HU
+LEAST_FAT = 0.001  # CHOICE: of all voxels
 # CHOICE: a volume of so few different whole numbers is a mask.
 MASK_VALUES = 16
 
@@ -1860,9 +1888,9 @@ def percentile_range(values):
     return low, high
 
 
-def normalize_percentiles(x, valid=None):
-    """Values of any shape -> float32: the percentile_range (of valid ones) becomes [0, 1]."""
-    low, high = percentile_range(x if valid is None else x[valid])
+def normalize_percentiles(x):
+    """Values of any shape -> float32: their percentile_range becomes [0, 1]."""
+    low, high = percentile_range(x)
     return np.clip((x - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
 
 
@@ -1947,12 +1975,18 @@ def orient(voxels, affine):
     return voxels, np.array([spacing[thin], rows_mm, columns_mm])
 
 
-def is_hounsfield(lowest):
-    """True if the lowest of CT values is one that only HU have: of fat, lung or air.
+def is_hounsfield(stored, slope=1.0, intercept=0.0):
+    """True if CT values, stored * slope + intercept, can only be HU: some are air, or many are fat.
 
-    CHOICE: 0..1, 0..255 and HU + 1024 have nothing below zero; a tight crop without air has fat.
+    CHOICE: 0..1, 0..255 and HU + 1024 have nothing below zero, but for what interpolation leaves
+    there. A tight crop of HU without any air still has fat.
     """
-    return lowest < HU_EVIDENCE
+    lowest = min(float(stored.min()) * slope, float(stored.max()) * slope) + intercept
+    if lowest < AIR:
+        return True
+    if lowest >= FAT:
+        return False
+    return (stored * slope + intercept < FAT).mean() > LEAST_FAT
 
 
 def is_mask(voxels):
@@ -1976,14 +2010,13 @@ def value_range(volume, modality, notes):
         notes.add(NOT_HU)
         return everything
 
-    # The header does not say it. The lowest value tells.
+    # The header does not say it. The lowest values tell.
     voxels = volume.voxels
     if voxels.dtype.kind == "f":
         voxels = voxels[np.isfinite(voxels)]
     if voxels.size == 0:
         raise Rejected(BLANK_VOLUME)
-    lowest = voxels.min() if volume.slope > 0 else voxels.max()
-    if is_hounsfield(lowest * volume.slope + volume.intercept):
+    if is_hounsfield(voxels, volume.slope, volume.intercept):
         return HU_RANGE
     if voxels.min() == voxels.max():
         raise Rejected(BLANK_VOLUME)

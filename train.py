@@ -22,6 +22,10 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import NamedTuple
 
+# A thread that waits for another sleeps: by default it spins, and takes the processor from the one
+# it waits for wherever other programs run. OpenMP reads this once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -46,7 +50,7 @@ RESUME_MAY_CHANGE = {"preset", "data", "out", "workers", "max_steps", "save_minu
 # A small network for minutes on a CPU. The gamma is that of the paper's 256 volumes, and the low
 # momentum makes the teacher follow quickly (docs/learning.md).
 SMALL = dict(arch="vit_xs", patch_size=8, batch_size=48, local_views=2, gamma=0.0078, momentum=0.9)
-PRESETS = {"demo": SMALL | dict(batch_size_3d=48, epochs=160), "small": SMALL}
+PRESETS = {"demo": SMALL | dict(batch_size_3d=48, epochs=80), "small": SMALL}
 
 
 # ---- schedule -----------------------------------------------------------------------------------
@@ -468,7 +472,8 @@ class Log:
         UserError if this was one of too many steps in a row that were skipped.
         """
         modality, numbers, _ = self.schedule.batch(step)
-        memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes
+        # The peak so far, in bytes: of the GPU, or of this process on a CPU.
+        memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
 

@@ -2,9 +2,12 @@
 import contextlib
 import csv
 import gzip
+import struct
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import imageio.v3 as iio
 import nibabel as nib
 import numpy as np
@@ -12,6 +15,7 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
+from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
@@ -27,7 +31,8 @@ SPOT = np.eye(9, dtype=np.uint8)  # a picture that is not blank
 WHEEL = Path(pydicom.__file__).parent / "data/test_files"
 SOP = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4",
        "CR": "1.2.840.10008.5.1.4.1.1.1", "DX": "1.2.840.10008.5.1.4.1.1.1.1",
-       "US": "1.2.840.10008.5.1.4.1.1.6.1", "USM": "1.2.840.10008.5.1.4.1.1.3.1"}
+       "US": "1.2.840.10008.5.1.4.1.1.6.1", "USM": "1.2.840.10008.5.1.4.1.1.3.1",
+       "XA": "1.2.840.10008.5.1.4.1.1.12.1", "RF": "1.2.840.10008.5.1.4.1.1.12.2"}
 
 
 # ---- makers of small files ----------------------------------------------------------------------
@@ -96,41 +101,6 @@ def png(path, value=0):
     Image.fromarray(image).save(path)
 
 
-def item(**tags):
-    """A DICOM data set of a sequence. A dict among the tags stands for a sequence of one item."""
-    dataset = pydicom.Dataset()
-    for name, value in tags.items():
-        setattr(dataset, name, Sequence([item(**value)]) if isinstance(value, dict) else value)
-    return dataset
-
-
-def enhanced(path, planes, groups, modality="MR", **tags):
-    """Planes (rows, columns) of 2.5 x 2 mm pixels as one enhanced file; `groups`: tags of each frame."""
-    shared = item(PlaneOrientationSequence={"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]},
-                  PixelMeasuresSequence={"PixelSpacing": [2.5, 2.0]})
-    return dicom(path, np.stack(planes).astype(np.int16), modality,
-                 **{"SeriesInstanceUID": generate_uid(), "SharedFunctionalGroupsSequence": Sequence([shared]),
-                    "PerFrameFunctionalGroupsSequence": Sequence([item(**tags) for tags in groups])} | tags)
-
-
-def edit(folder, change):
-    """Apply change(dataset, n) to each file of a folder, in the order of the positions."""
-    files = sorted(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
-    for n, path in enumerate(files):
-        ds = pydicom.dcmread(path)
-        change(ds, n)
-        ds.save_as(path)
-    return folder
-
-
-def add_series(folder, path, prefix):
-    """Move the files of a folder into another one, each under its name behind a prefix."""
-    path.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        file.rename(path / f"{prefix}{file.name}")
-    return path
-
-
 def command(monkeypatch, *args):
     """Run prepare.py in this process."""
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
@@ -154,7 +124,121 @@ def load(row):
     return load_sample(row["folder"], row)
 
 
-# ---- caches without any reader ------------------------------------------------------------------
+def item(**tags):
+    """A data set without a file, as sequences hold them."""
+    ds = Dataset()
+    for name, value in tags.items():
+        setattr(ds, name, value)
+    return ds
+
+
+def lut(descriptor, data, vr="OW"):
+    """A VOI or modality LUT: data is bytes (OW) or a list of numbers (US)."""
+    ds = item(LUTDescriptor=descriptor, ModalityLUTType="US")
+    ds.add_new("LUTData", vr, data)
+    return Sequence([ds])
+
+
+# Where an enhanced file keeps what differs between its frames.
+MACROS = {"ImagePositionPatient": "PlanePositionSequence", "DiffusionBValue": "MRDiffusionSequence",
+          "ImageOrientationPatient": "PlaneOrientationSequence", "EffectiveEchoTime": "MREchoSequence",
+          "TemporalPositionIndex": "FrameContentSequence", "RescaleType": "PixelValueTransformationSequence",
+          "NominalCardiacTriggerDelayTime": "CardiacSynchronizationSequence",
+          "RescaleSlope": "PixelValueTransformationSequence",
+          "RescaleIntercept": "PixelValueTransformationSequence"}
+
+
+def enhanced(path, files, values=(), modality="MR", **tags):
+    """Files of a series as the frames of one, with the tags of values[n] in the groups of frame n."""
+    slices = [pydicom.dcmread(file) for file in files]
+    per_frame = []
+    for n, ds in enumerate(slices):
+        groups = {}
+        frame_tags = {"ImagePositionPatient": ds.ImagePositionPatient}
+        frame_tags |= {"RescaleSlope": ds.RescaleSlope, "RescaleIntercept": ds.RescaleIntercept}
+        for name, value in (frame_tags | dict(values[n] if values else {})).items():
+            setattr(groups.setdefault(MACROS[name], Dataset()), name, value)
+        per_frame.append(item(**{macro: Sequence([group]) for macro, group in groups.items()}))
+
+    measures = Sequence([item(PixelSpacing=slices[0].PixelSpacing)])
+    direction = Sequence([item(ImageOrientationPatient=slices[0].ImageOrientationPatient)])
+    shared = item(PixelMeasuresSequence=measures, PlaneOrientationSequence=direction)
+    tags = {"SeriesInstanceUID": slices[0].SeriesInstanceUID} | tags
+    return dicom(path, np.stack([ds.pixel_array for ds in slices]), modality,
+                 SharedFunctionalGroupsSequence=Sequence([shared]),
+                 PerFrameFunctionalGroupsSequence=Sequence(per_frame), **tags)
+
+
+def tiff(path, pages, photometric=1, orientation=1):
+    """An uncompressed grey TIFF: of each page the pixels, then its table of tags (TIFF 6.0)."""
+    out = bytearray(b"II*\0" + bytes(4))
+    link = 4  # where the place of the next table is written
+    for page in pages:
+        height, width = page.shape
+        pixels = page.astype(page.dtype.newbyteorder("<")).tobytes()
+        tags = {256: width, 257: height, 258: 8 * page.itemsize, 259: 1, 262: photometric,
+                273: len(out), 274: orientation, 277: 1, 278: height, 279: len(pixels),
+                339: "uif".index(page.dtype.kind) + 1}
+        out += pixels
+        struct.pack_into("<I", out, link, len(out))
+        out += struct.pack("<H", len(tags))
+        for tag, value in tags.items():
+            out += struct.pack("<HHII", tag, 4, 1, value)
+        link = len(out)
+        out += bytes(4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(out)
+    return path
+
+
+def film(path, *streams, aspect=(1, 1)):
+    """A video file: each stream a list of pictures (h, w, 3), with pixels of aspect width : height."""
+    with av.open(str(path), "w") as container:
+        opened = []
+        for pictures in streams:
+            stream = container.add_stream("mjpeg", rate=25)
+            stream.height, stream.width = pictures[0].shape[:2]
+            stream.pix_fmt = "yuvj420p"
+            stream.codec_context.qmin = stream.codec_context.qmax = 1
+            stream.codec_context.sample_aspect_ratio = Fraction(*aspect)
+            opened.append(stream)
+        for stream, pictures in zip(opened, streams):
+            for picture in pictures:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+            container.mux(stream.encode())
+    return path
+
+
+def turn(path, quarters):
+    """Write into an MP4 or MOV that it is to be shown turned clockwise by quarter turns."""
+    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters]
+    data = bytearray(path.read_bytes())
+    one = 1 << 16
+    matrix = (cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *matrix)
+    path.write_bytes(data)
+    return path
+
+
+def drop_frames(path, numbers):
+    """Leave the chunks of these frames of an AVI empty, as capture cards do where a frame is lost."""
+    data = bytearray(path.read_bytes())
+    index = data.rindex(b"idx1") + 8
+    place = data.index(b"movi") + 4
+    number = 0
+    while data[place:place + 4] == b"00dc":
+        size = struct.unpack_from("<I", data, place + 4)[0]
+        room = size + size % 2
+        if number in numbers:
+            data[place + 4:place + 16] = struct.pack("<I4sI", 0, b"JUNK", room - 8)
+            struct.pack_into("<I", data, index + 16 * number + 12, 0)
+        place += 8 + room
+        number += 1
+    path.write_bytes(data)
+    return path
+
+
+# ---- caches without any reader ----------------------------------------------------------------------------------
 
 def write_cache(folder, shapes, per_shape=8, seed=0, split="train"):
     """A cache folder with random samples: shapes {modality: (C, H, W, S)}; returns the folder."""

@@ -21,7 +21,7 @@ import embed
 import prepare
 from embed import (apply_encoder, embed_batch, embed_rows, load_embedder, picture, pixels, read_embeddings,
                    search)
-from model import ViT, load_encoder, pool, save_checkpoint, save_montage, weights_sha256
+from model import ViT, load_encoder, save_checkpoint, save_montage, weights_sha256
 from prepare import UserError, load_sample, read_samples
 from tests.conftest import nifti, phantom
 from tests.phantoms import write_series
