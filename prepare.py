@@ -407,21 +407,29 @@ def slice_of(ds, path, frame):
     )
 
 
+def why_no_image(ds):
+    """Why a header is of no image that can be decoded, as Rejected; None if it is of one."""
+    if not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"):
+        sop_class = pydicom.uid.UID(ds.get("SOPClassUID", ""))
+        if sop_class.name == sop_class:  # the standard knows no such class
+            return Rejected("no image", sop_class)
+        return Rejected(f"no image ({sop_class.name})")
+    if not ds.get("BitsStored"):
+        return Rejected("no BitsStored: floating-point pixels, or a damaged header")
+    if ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1:
+        return Rejected("HighBit is not BitsStored - 1")
+    return None
+
+
 def read_header(source, path, modality, allow_2d):
     """The sample of one DICOM file by its header: an image or a video, or the slices of CT and MR.
 
     modality is what the user says, or "". Slices go to group_series. Rejected: what is no image.
     """
     ds = open_dicom(os.path.join(source, path), set(), stop_before_pixels=True)
-    if not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"):
-        what = pydicom.uid.UID(ds.get("SOPClassUID", ""))
-        if what.name == what:  # the standard knows no such class
-            raise Rejected("no image", what)
-        raise Rejected(f"no image ({what.name})")
-    if not ds.get("BitsStored"):
-        raise Rejected("no BitsStored: floating-point pixels, or a damaged header")
-    if ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1:
-        raise Rejected("HighBit is not BitsStored - 1")
+    problem = why_no_image(ds)
+    if problem:
+        raise problem
 
     modality = modality or DICOM_MODALITIES.get(str(ds.get("Modality")), "")
     parts = body_parts(ds.get("BodyPartExamined"), ds.get("ProtocolName"),
@@ -435,18 +443,18 @@ def read_header(source, path, modality, allow_2d):
     series = str(ds.get("SeriesInstanceUID") or "")
     if re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))):
         raise Rejected("localizer")
-    is_palette = ds.get("PhotometricInterpretation") == "PALETTE COLOR"
-    if is_palette or int(ds.get("SamplesPerPixel") or 1) > 1:
+    has_palette = ds.get("PhotometricInterpretation") == "PALETTE COLOR"
+    if has_palette or int(ds.get("SamplesPerPixel") or 1) > 1:
         if not allow_2d:
             raise Rejected("a colour map, no grey values (--allow-2d keeps it as an image)")
         return sample
     if not series and not allow_2d:
         raise Rejected("no SeriesInstanceUID (0020,000E) (--allow-2d keeps it as an image)")
 
-    frames = int(ds.get("NumberOfFrames") or 1)
     sample.kind = "series"
     sample.key = repr((patient, series or path))
-    sample.slices = [slice_of(ds, path, frame) for frame in range(frames)]
+    for frame in range(int(ds.get("NumberOfFrames") or 1)):
+        sample.slices.append(slice_of(ds, path, frame))
     return sample
 
 
@@ -459,9 +467,10 @@ def are_close(numbers, others, tolerances):
 
 
 def can_share_volume(one, other):
-    """True if two slices are of one size, direction and spacing, and both say where they lie or not.
+    """True if two slices are of one size, direction and spacing.
 
-    Numbers are compared with tolerances: scanners and converters round them, slice by slice.
+    Numbers are compared with tolerances: scanners and converters round them, slice by slice. What
+    does not say where it lies is apart from what does.
     """
     if one.size != other.size or len(one.position) != len(other.position):
         return False
@@ -504,7 +513,7 @@ def group_by_place(slices):
 
 
 def values_in_order(slices, tag):
-    """The different values of a tag: numbers by size, words by the InstanceNumbers they come with."""
+    """The different values of a tag: numbers by size, words as their InstanceNumbers come."""
     first_number = {}  # {value: the lowest InstanceNumber}
     for one in slices:
         value = one.values[tag]
@@ -520,12 +529,14 @@ def pass_by_tag(places):
     The tags are asked in their order. If none has such a value: None, and the most places that a
     value is at.
     """
+    every_slice = [one for slices in places for one in slices]
     largest = 0
     for tag in range(len(PASS_TAGS)):
-        every = [one for slices in places for one in slices]
-        values = values_in_order(every, tag)
+        values = values_in_order(every_slice, tag)
         if len(values) == 1:
             continue
+
+        # A pass has a slice with its value at each place.
         for value in values:
             part = []
             for slices in places:
@@ -566,10 +577,12 @@ def acquisitions_meet(places):
 
     A head may be scanned in two parts, with one slice of both.
     """
-    covered = {}  # {AcquisitionNumber: its places}
+    covered = {}  # {AcquisitionNumber: its places, counted from one end of the body}
     for n, slices in enumerate(places):
         for one in slices:
             covered.setdefault(one.values[ACQUISITION_NUMBER], []).append(n)
+
+    # Each lies in one piece, and between two pieces at most one place is of both.
     for numbers in covered.values():
         if numbers != list(range(numbers[0], numbers[-1] + 1)):
             return False
@@ -589,15 +602,19 @@ def choose_pass(places):
     """
     if all(len(slices) == 1 for slices in places):
         return [slices[0] for slices in places]
+
+    # Passes as a rule repeat all of the body. Of one tag's pass another tag may be the parts.
     part, largest = pass_by_tag(places)
     if part:
         return choose_pass(part)
     if len({len(slices) for slices in places}) == 1:
         return pass_by_rank(places)
 
+    # Else only some places have more than one slice: where acquisitions meet one of them is taken.
     doubled = [slices for slices in places if len(slices) > 1]
     if differ_only_from(doubled, ACQUISITION_NUMBER) and acquisitions_meet(places):
         return [min(slices, key=lambda one: one.number) for slices in places]
+
     # What differs in no tag may be a copy; so may a few slices that differ in their times alone.
     may_be_copies = differ_only_from(doubled, len(PASS_TAGS))
     if len(doubled) <= len(places) // 2:
@@ -612,14 +629,17 @@ def choose_slices(slices):
 
     Rejected: too few, or as choose_pass says.
     """
-    one = slices[0]
+    one = slices[0]  # the others are like it
     if len(one.direction) != 6 or len(one.spacing) != 2 or len(one.position) != 3:
         raise Rejected(NO_GEOMETRY)
+
     places = group_by_place(slices)
     if len(places) < MIN_SLICES:
         where = ""
         if len(places) < len(slices):
-            where = " at one place" if len(places) == 1 else f" at {len(places)} places"
+            where = f" at {len(places)} places"
+        if len(places) == 1 < len(slices):
+            where = " at one place"
         raise Rejected(f"{len(slices)} slices{where} of this series, size and direction, "
                        f"a volume needs {MIN_SLICES}")
     return choose_pass(places)
@@ -634,6 +654,7 @@ def make_volume(slices, header_of, key, allow_2d):
     originals = {}  # {header without the name: the first slice}
     for one in slices:
         originals.setdefault(one._replace(file=""), one)
+
     files = list(dict.fromkeys(one.file for one in slices))
     are_single = all(len(header_of[path].slices) == 1 for path in files)
     try:
@@ -649,6 +670,8 @@ def make_volume(slices, header_of, key, allow_2d):
     read = set(kept)
     used = {one.file for one in slices if originals[one._replace(file="")] in read}
     volume = replace(header_of[min(used)], files=sorted(used), slices=kept, key=key)
+
+    # The rest is another pass, as far as one can tell.
     like_kept = {one._replace(file="", uid="") for one in kept}
     left_out = {}  # {file: reason}
     for one in slices:
@@ -1416,6 +1439,8 @@ def padding_mask(ds, stored):
 
     The tag may have a sign where the pixels have none, so the bits are compared: 63536 is -2000.
     """
+    if stored.dtype.kind == "f":
+        return ~np.isfinite(stored)
     bits = 8 * stored.itemsize
     ends = []
     for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
@@ -1540,6 +1565,7 @@ def apply_voi(ds, frame, values, notes):
     width = per_frame(ds, frame, "WindowWidth")
     if center is None or width is None:
         return None
+
     # Any other function counts as linear, whose width is at least 1.
     function = str(per_frame(ds, frame, "VOILUTFunction", "LINEAR")).upper()
     least_width = 1e-6 if function in ("SIGMOID", "LINEAR_EXACT") else 1
@@ -1557,14 +1583,14 @@ class Grey(NamedTuple):
     stored: np.ndarray  # as in the file
     padding: np.ndarray  # bool, no part of the picture
     values: np.ndarray  # float32, in the unit of the file
-    windowed: object  # float32 in [0, 1] by the file's window or LUT; None without, and but for X-ray
+    windowed: object  # of an X-ray float32 in [0, 1] by the file's window or LUT, else None
 
 
 class Scale(NamedTuple):
     """How grey frames are shown."""
-    source: str  # which picture of a Grey
+    source: str  # which picture of a Grey: stored, values or windowed
     low: float  # what becomes black in it
-    high: float  # white
+    high: float  # what becomes white
     hounsfield: bool = False
 
 
@@ -1760,16 +1786,17 @@ def load_planes(path, slices, modality, notes):
 def drop_copies(planes, notes):
     """Planes, one at each place, in order. Rejected if two of one place differ: a wrong anatomy.
 
-    Only copies can be left: choose_pass has taken one pass. Of one SOPInstanceUID they are copies
-    without a look, since compression may have changed them.
+    choose_pass has taken one pass, so the others can only be copies. One frame of one
+    SOPInstanceUID is one without a look: compression may have changed it.
     """
     of_slice = {plane.header: plane for plane in planes}
     kept = []
     for place in group_by_place(list(of_slice)):
         first, *others = [of_slice[one] for one in place]
         for other in others:
-            has_same_uid = first.header.uid and first.header.uid == other.header.uid
-            if not has_same_uid and not np.array_equal(first.pixels, other.pixels):
+            is_same = first.header.uid == other.header.uid != ""
+            is_same = is_same and first.header.frame == other.header.frame
+            if not is_same and not np.array_equal(first.pixels, other.pixels):
                 raise Rejected("two different slices at one position")
             notes.add(COPIES)
         kept.append(first)

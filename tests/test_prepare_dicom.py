@@ -642,6 +642,12 @@ def test_an_enhanced_file_whose_passes_all_lack_a_frame_is_refused_with_the_coun
         read_any(path)
 
 
+def test_two_different_frames_of_one_place_that_no_tag_tells_apart_are_refused(tmp_path):
+    path = enhanced_passes(tmp_path, "nothing", [*((k, 0) for k in range(16)), (5, 1)])
+    with pytest.raises(UserError, match="two different slices at one position"):
+        read_any(path)
+
+
 def test_scouts_inside_an_enhanced_file_are_left_out(tmp_path):
     files = sorted(mr(tmp_path / "a", phantom()[0]).iterdir())
     want = read_any(tmp_path / "a", **SMALL)[1]

@@ -406,6 +406,19 @@ def test_a_window_of_width_one_is_a_threshold():
     assert prepare.apply_window(values, 10, 1, "LINEAR").tolist() == [0, 0, 0, 1, 1]
 
 
+def test_floating_point_pixels_without_a_value_are_black(tmp_path):
+    values = RAMP.astype("<f4")
+    values[:4] = np.nan
+    ds = pydicom.dcmread(dicom(tmp_path / "a.dcm", RAMP, "DX"))
+    ds.BitsAllocated = ds.BitsStored = 32
+    ds.HighBit = 31
+    ds.FloatPixelData = values.tobytes()
+    del ds.PixelData
+    ds.save_as(tmp_path / "a.dcm")
+    x = read_any(tmp_path / "a.dcm", size=64)[1][0, :, :, 0]
+    assert (x[:4] == 0).all() and np.abs(x[4:] - stretched(RAMP[4:])).max() < 1e-3
+
+
 def test_a_slope_of_zero_costs_no_image(tmp_path):
     x = show(tmp_path / "a.dcm", RescaleSlope="0", RescaleIntercept="5")
     assert np.abs(x - stretched(RAMP)).max() < 1e-3
