@@ -503,9 +503,8 @@ def group_by_place(slices):
     """Slices of one direction -> a list for each place, in order along the normal."""
     positions = positions_along_normal(slices)  # (n,) mm
     places = []
-    last = -np.inf
     for i in np.argsort(positions, kind="stable"):
-        if positions[i] - last > PLACE_TOLERANCE:
+        if not places or positions[i] - last > PLACE_TOLERANCE:
             places.append([])
             last = positions[i]
         places[-1].append(slices[i])
@@ -1794,9 +1793,9 @@ def drop_copies(planes, notes):
     for place in group_by_place(list(of_slice)):
         first, *others = [of_slice[one] for one in place]
         for other in others:
-            is_same = first.header.uid == other.header.uid != ""
-            is_same = is_same and first.header.frame == other.header.frame
-            if not is_same and not np.array_equal(first.pixels, other.pixels):
+            is_same_file = first.header.uid != "" and first.header.uid == other.header.uid
+            is_same_frame = is_same_file and first.header.frame == other.header.frame
+            if not is_same_frame and not np.array_equal(first.pixels, other.pixels):
                 raise Rejected("two different slices at one position")
             notes.add(COPIES)
         kept.append(first)
