@@ -5,7 +5,7 @@ Out: emb.npz: embeddings (n, D) float32, not normalised; ids (n,); meta, JSON of
      python embed.py cache/NAME --checkpoint runs/NAME/checkpoint.pt --out emb.npz
      python embed.py --search scan.nii.gz --gallery ct.npz mri.npz --figure hits.png
      python embed.py --search new/*.dcm --gallery xray.npz --out hits.csv
-torchrun shares the first among processes. Into an --out that exists it embeds only what is new.
+torchrun splits the first among processes. If --out exists, only what is new is embedded.
 
 From Python:
     from prepare import read_any
@@ -375,7 +375,7 @@ def find_difference(meta, other, keys):
 # ---- embedding a cache --------------------------------------------------------------------------
 class Kept(NamedTuple):
     """What of an earlier file goes into the new one."""
-    numbers: list  # of rows
+    row_numbers: list
     vectors: torch.Tensor  # (kept, D), of these rows
     dropped: int  # ids of the earlier file that have no row any more
 
@@ -383,11 +383,11 @@ class Kept(NamedTuple):
 NOTHING_KEPT = Kept([], torch.empty(0, 0), 0)
 
 
-def list_batches(rows, numbers):
+def list_batches(rows, row_numbers):
     """Row numbers in lists of at most EMBED_BATCH; the samples of a batch have one shape."""
     batches = []
-    for shape in sorted({rows[i]["shape"] for i in numbers}):
-        members = [i for i in numbers if rows[i]["shape"] == shape]
+    for shape in sorted({rows[i]["shape"] for i in row_numbers}):
+        members = [i for i in row_numbers if rows[i]["shape"] == shape]
         size = EMBED_BATCH[sample_kind(shape)]
         for start in range(0, len(members), size):
             batches.append(members[start:start + size])
@@ -426,19 +426,19 @@ def gather_rows(vectors, batches, rank, world):
         share = batches[other::world]
         if not share:
             continue
-        numbers = np.concatenate(share)  # of rows
+        row_numbers = np.concatenate(share)
         if rank == other:
-            dist.send(vectors[numbers], dst=0)
+            dist.send(vectors[row_numbers], dst=0)
         if rank == 0:
-            part = torch.empty(len(numbers), vectors.shape[1])
+            part = torch.empty(len(row_numbers), vectors.shape[1])
             dist.recv(part, src=other)
-            vectors[numbers] = part
+            vectors[row_numbers] = part
 
 
 def find_unchanged(rows, file, written):
     """Numbers of the rows that a file, written at that time (ns), holds and that are older."""
     stored = set(file.ids)
-    numbers = []
+    row_numbers = []
     for i, row in enumerate(rows):
         array = Path(row["folder"], f"{row['id']}.npy")
         if row["id"] not in stored or not array.exists():
@@ -446,8 +446,8 @@ def find_unchanged(rows, file, written):
         # An old array that was put in its place lately has an old mtime, but a new ctime.
         status = array.stat()
         if max(status.st_mtime_ns, status.st_ctime_ns) < written:
-            numbers.append(i)
-    return numbers
+            row_numbers.append(i)
+    return row_numbers
 
 
 def find_kept(rows, embedder, out, device):
@@ -474,15 +474,15 @@ def find_kept(rows, embedder, out, device):
         return NOTHING_KEPT
 
     # The samples that have not changed since keep their embeddings.
-    numbers = find_unchanged(rows, file, written)
+    row_numbers = find_unchanged(rows, file, written)
     place = {name: i for i, name in enumerate(file.ids)}
-    places = [place[rows[i]["id"]] for i in numbers]
+    places = [place[rows[i]["id"]] for i in row_numbers]
     vectors = torch.from_numpy(file.vectors[places])  # (kept, D)
     dropped = len(set(file.ids) - {row["id"] for row in rows})
 
     # The first of each shape must come out the same.
     first_of_shape = {}
-    for i, vector in zip(numbers, vectors):
+    for i, vector in zip(row_numbers, vectors):
         first_of_shape.setdefault(rows[i]["shape"], (i, vector))
     for i, vector in first_of_shape.values():
         x = torch.from_numpy(load_sample(folder, rows[i]))[None]  # (1, C, H, W, S)
@@ -491,7 +491,7 @@ def find_kept(rows, embedder, out, device):
             print(f"{out} is not what this encoder gives here and now (other weights, machine, "
                   "torch or number of threads): all samples are embedded anew")
             return NOTHING_KEPT
-    return Kept(numbers, vectors, dropped)
+    return Kept(row_numbers, vectors, dropped)
 
 
 def embed_share(vectors, rows, batches, embedder, device, workers, quiet):
@@ -515,7 +515,7 @@ def plan_work(rows, embedder, out, device, rank, world):
     kept = NOTHING_KEPT
     if rank == 0 and os.path.exists(out):
         kept = find_kept(rows, embedder, out, device)
-    todo = sorted(set(range(len(rows))) - set(kept.numbers))
+    todo = sorted(set(range(len(rows))) - set(kept.row_numbers))
     if world > 1:
         message = [todo]
         dist.broadcast_object_list(message, src=0)
@@ -540,9 +540,9 @@ def embed_rows(rows, embedder, out, device="cpu", workers=2):
 
     # Every process embeds its share of the batches, and the first gathers them.
     vectors = None  # (n, D)
-    if kept.numbers:
+    if kept.row_numbers:
         vectors = torch.empty(len(rows), kept.vectors.shape[1])
-        vectors[kept.numbers] = kept.vectors
+        vectors[kept.row_numbers] = kept.vectors
     batches = list_batches(rows, todo)
     mine = batches[rank::world]
     vectors = embed_share(vectors, rows, mine, embedder, device, workers, quiet=rank > 0)
@@ -553,7 +553,7 @@ def embed_rows(rows, embedder, out, device="cpu", workers=2):
     # The file bears the time of the start: a sample that was written since is newer.
     write_npz(out, rows, vectors, embedder)
     os.utime(out, ns=(started, started))
-    print(f"{len(rows)} embeddings in {out}: {len(kept.numbers)} kept, {len(todo)} embedded, "
+    print(f"{len(rows)} embeddings in {out}: {len(kept.row_numbers)} kept, {len(todo)} embedded, "
           f"{kept.dropped} dropped")
 
 

@@ -85,7 +85,7 @@ class MAE(nn.Module):
         n = max(1, round(noise.shape[1] * (1 - self.mask_ratio)))
         if n == noise.shape[1]:
             raise UserError(
-                "samples of one patch leave nothing to hide: choose a smaller --patch-size")
+                "no patch is left to hide: choose a smaller --patch-size")
         return order[:, :n], order[:, n:]
 
     def encode(self, x, visible):

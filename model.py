@@ -41,7 +41,7 @@ ARCHS = {  # Sec. 4.4
     # CHOICE: the smallest is not the paper's. It is for the demo and for small data on a CPU.
     "vit_xs": Arch(dim=96, depth=3, heads=3),
 }
-PATCH_SIZE = (16, 16, 4)  # (ph, pw, ps) of Sec. 3.1, which counts 3 channels besides
+PATCH_SIZE = (16, 16, 4)  # (ph, pw, ps); Sec. 3.1 writes (3, 16, 16, 4), channels included
 FRAMES = 16  # of a video at a time (Sec. 3.1)
 
 # Positions are measured in cells of this grid, on every axis: 256 / 16 in plane, 64 / 4 in depth.
@@ -50,7 +50,8 @@ REFERENCE_GRID = 16
 # Longer sequences (8-pixel patches on volumes) recompute their activations instead of keeping them.
 RECOMPUTE_ABOVE = 4096  # tokens
 
-WRITTEN_OUT_UP_TO = 200  # tokens; see `attend`
+# See `attend`.
+EXPLICIT_ATTENTION_UP_TO = 200  # tokens
 
 # What torch.load, ViT and load_state_dict can raise if a file is damaged or holds something else.
 DAMAGED = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
@@ -68,7 +69,8 @@ def unit(x):
 def stack(samples):
     """Cached samples (C, H, W, S) of one shape -> (B, C, H, W, S), of their type if they share it.
 
-    uint8 among float16 would change its values, so then all become float32 in [0, 1].
+    Among float16, uint8 would lose its type, by which `unit` knows to divide by 255. So then all
+    become float32 in [0, 1].
     """
     dtypes = {sample.dtype for sample in samples}
     if len(dtypes) > 1:
@@ -92,7 +94,7 @@ def denormalize(x):
 def sample_kind(shape):
     """Shape (C, H, W, S) of a sample -> "image", "video" or "volume".
 
-    The cache keeps videos in colour (C = 3), volumes in grey (C = 1). No other line relies on it.
+    The cache keeps videos in colour (C = 3), volumes in grey (C = 1). Only this function uses that.
     """
     channels, _, _, depth = shape
     if depth == 1:
@@ -104,7 +106,7 @@ def sample_kind(shape):
 
 def subsample_frames(x, n):
     """n of the S slices or frames of x (..., S), evenly spaced -> (..., n)."""
-    frames = torch.linspace(0, x.shape[-1] - 1, n).round().long()  # (n,), first and last too
+    frames = torch.linspace(0, x.shape[-1] - 1, n).round().long()  # (n,), from first to last
     return x[..., frames]  # (..., n)
 
 
@@ -146,11 +148,12 @@ def patchify(x, patch=PATCH_SIZE):
     """(B, C, H, W, S) -> patches (B, N, ph*pw*ps*C), or (B, N, P) where C = 3 (Sec. 3.1).
 
     Patches follow each other in (h, w, s) order, the values of each in (ph, pw, ps, c) order.
-    patch: (ph, pw, ps); the channels may stand in front, as the paper writes it: (3, ph, pw, ps).
+    patch: (ph, pw, ps), or (3, ph, pw, ps) as the paper writes it.
     """
     ph, pw, ps = patch[-3:]
     H, W, S = x.shape[2:]
-    assert H % ph == W % pw == S % ps == 0, f"{tuple(x.shape)} is not whole in patches of {patch}"
+    fits = H % ph == W % pw == S % ps == 0
+    assert fits, f"{tuple(x.shape)} does not divide into patches of {patch}"
 
     # Every axis is split into the number of a patch and a place within it; the numbers go in front.
     x = x.unflatten(4, (-1, ps))  # (B, C, H, W, s, ps)
@@ -171,13 +174,14 @@ def unpatchify(patches, patch, grid):
 def sincos_positions(grid, dim, device=None):
     """Fixed sin-cos positions of a grid (h, w, s) -> (N, dim) float32.
 
-    Each axis has a third of dim, the rest is zero. CHOICE: cell i of n lies at (i + 1/2) * 16 / n
-    on its axis. So no table is stored, and any crop, size or depth will do. Positions are relative
-    to the view, as in DINO, which resizes its table to the crop. An image lies at 8, at mid-depth.
+    Each axis has a third of dim, the rest is zero. CHOICE: cell i of n has the coordinate
+    (i + 1/2) * 16 / n, so that any grid spans 0 to 16 and no table is stored. A crop spans it too:
+    positions are relative to the view, as in DINO, which stretches its table. An image, with one
+    cell in depth, lies at 8.
     """
     k = dim // 6  # frequencies per axis, each with a sine and a cosine
-    numbers = torch.arange(k, dtype=torch.float32, device=device)  # (k,)
-    omega = 10000 ** (-numbers / k)  # (k,), Vaswani et al. 3.5
+    steps = torch.arange(k, dtype=torch.float32, device=device)  # (k,)
+    omega = 10000 ** (-steps / k)  # (k,), Vaswani et al. 3.5
 
     axes = []  # (h,), (w,) and (s,) coordinates
     for n in grid:
@@ -191,8 +195,9 @@ def sincos_positions(grid, dim, device=None):
 # ---- transformer ---------------------------------------------------------------------------------
 def attend(q, k, v):
     """softmax(q k^T / sqrt(n)) v (Vaswani et al. eq. 1), of q, k, v (B, heads, N, n) each."""
-    # In bf16 on a CPU, blocks take 0.4 to 0.8 of the time if short sequences are written out.
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= WRITTEN_OUT_UP_TO:
+    # Written out, it is 1.3 to 2.4 times faster than fused on a CPU in bf16, for short sequences.
+    is_short = q.shape[2] <= EXPLICIT_ATTENTION_UP_TO
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and is_short:
         scale = 1 / math.sqrt(q.shape[3])
         weights = (scale * q @ k.mT).softmax(dim=-1)  # (B, heads, N, N)
         return weights.to(v.dtype) @ v
@@ -218,7 +223,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm block (B, N, D) -> (B, N, D).
 
-    scale: factors of the two branches, numbers or (2, B, 1, 1), for the stochastic depth below.
+    scale: two factors, one for each branch: 1.0, or (B, 1, 1) a sample (see `run_blocks`).
     """
 
     def __init__(self, dim, heads):
@@ -237,7 +242,10 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks, tokens, drop_path=0.0):
-    """Tokens (B, N, D) through blocks -> (B, N, D). drop_path: rate of the last, of the first 0."""
+    """Tokens (B, N, D) through blocks -> (B, N, D).
+
+    drop_path: the rate of the last block; it rises linearly from 0 at the first.
+    """
     depth = len(blocks)
     scales = [(1.0, 1.0)] * depth
     if drop_path > 0:
@@ -264,8 +272,8 @@ def init_weights(module):
     """Xavier uniform weights and zero biases for the linear maps of both methods, as in MAE's code.
 
     CHOICE: the patch kernel's bias is zero too; MAE's code leaves it at the default of Conv2d.
-    CHOICE: for SimDINO too. Its code draws with std 0.02, where Xavier's is 0.023 to 0.036 in ViT-B
-    and larger in narrower networks, which learned less with 0.02.
+    CHOICE: SimDINO starts so too. Its code draws with std 0.02, with which our narrower networks
+    learned less (Xavier's std is 0.023 to 0.036 in ViT-B, and larger in them).
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -275,7 +283,8 @@ def init_weights(module):
 class ViT(nn.Module):
     """The encoder (Sec. 3.1): (B, C, H, W, S) in [-1, 1] -> tokens (B, [1+]N, D).
 
-    Parameters are named as in timm, DINO and MAE. ViT(**config) makes the same network again.
+    Parameters are named as in timm, DINO and MAE. ViT(**config) makes it again, but
+    for drop_path, which only training uses.
     """
 
     def __init__(self, arch="vit_b", patch_size=PATCH_SIZE, cls_token=False, drop_path=0.0):
@@ -285,7 +294,7 @@ class ViT(nn.Module):
         self.drop_path = drop_path
         self.dim, depth, heads = ARCHS[arch]
 
-        # The patches' linear map sits in a module of its own, to be named patch_embed.proj.
+        # A dict of one module, so that its weight is named patch_embed.proj, as in timm.
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(3 * math.prod(patch_size), self.dim)})
         self.blocks = nn.ModuleList(Block(self.dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
@@ -313,7 +322,7 @@ class ViT(nn.Module):
 
         Grey stands for 3 equal channels and an image for ps equal slices (`expand`). The weights
         that meet equal values are summed first: the tokens are the same, but those of a grey image
-        take a twelfth of the products.
+        take 1 / (3 ps) of the products, a twelfth by default.
         """
         positions = sincos_positions(self.grid(x.shape[2:]), self.dim, x.device)  # (N, D)
         ph, pw, ps = self.patch_size
@@ -444,7 +453,7 @@ FOREIGN_TYPES = [
 
 def named_weights(state):
     """What a file holds -> {name: tensor} of the network in it, with the names of `ViT`."""
-    # Training checkpoints hold the network under one of these, some of them twice.
+    # Training checkpoints hold the network under one of these, or one inside another.
     for key in ("encoder", "teacher", "model", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -453,7 +462,7 @@ def named_weights(state):
     for key, value in state.items():
         while key.startswith(PREFIXES):
             _, key = key.split(".", 1)
-        name = key.replace("fc_norm.", "norm.")  # timm's, in networks that embed by averages
+        name = key.replace("fc_norm.", "norm.")  # timm's name if it averages
         weights[name] = value
     return weights
 
@@ -465,12 +474,13 @@ def adapt_cls_token(weights, encoder):
         return
     cls_token = weights.get("cls_token", encoder.cls_token)  # (1, 1, D)
 
-    # timm, MAE and DINO add the first position to it in every forward pass. But if the number of
-    # positions is a square, they are all of patches (timm's no_embed_class).
+    # timm, MAE and DINO add the first position to it in every forward pass. A square number of
+    # positions has no place for it: those are of patches alone (timm's no_embed_class).
     positions = weights.get("pos_embed")  # (1, [1+]N, D)
     if "cls_token" in weights and positions is not None:
         n = positions.shape[1]
-        if math.isqrt(n) ** 2 != n:
+        has_cls_position = math.isqrt(n) ** 2 != n
+        if has_cls_position:
             cls_token = cls_token + positions[:, :1]
     weights["cls_token"] = cls_token
 
@@ -499,7 +509,7 @@ def inflate_kernel(kernel, patch_size):
             kernel.float(), (ph, pw), mode="bilinear", antialias=True)
         kernel = kernel * (height * width) / (ph * pw)  # (D, 3, ph, pw)
 
-    # An image is ps equal slices: each has a share of the kernel, so that all give its token.
+    # Each slice gets kernel / ps, so that the ps equal slices of an image sum to the 2D token.
     kernel = kernel[..., None].expand(-1, -1, -1, -1, ps) / ps  # (D, 3, ph, pw, ps)
     return kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P)
 
@@ -508,8 +518,10 @@ def init_from_2d(encoder, path):
     """Start from a public 2D ViT or from a checkpoint of ours, for `train.py --init`.
 
     Reads bare weights and training checkpoints of timm, MAE, DINO, DINOv2 and SimDINO. With equal
-    positions an image then has the 2D network's tokens. CHOICE: heads are left out, and positions
-    are ours, but for that of the CLS token. If the file has no CLS token, it starts at random.
+    positions an image then has the tokens that the 2D network gives the same input. CHOICE: heads
+    are left out, and positions are ours, but for that of the CLS token; the kernel is not adapted
+    to our scale of inputs, [-1, 1], where most of these saw ImageNet's mean and std at 0 and 1. If
+    the file has no CLS token, it starts at random.
 
     Returns the ids (n,), int64, of the samples that a network of ours was trained on; None if they
     are not known. UserError if the file holds no such network, one of another shape, or one with
@@ -517,7 +529,7 @@ def init_from_2d(encoder, path):
     """
     with torch.serialization.safe_globals(FOREIGN_TYPES):
         state = read_checkpoint(path)
-    del state["sha256"]  # bare weights would have it among them
+    del state["sha256"]  # else it would look like a weight
 
     with as_user_error(path, "does not fit: --init takes a ViT of this --arch and --patch-size"):
         weights = named_weights(state)

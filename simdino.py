@@ -4,8 +4,8 @@ In:  samples x (B, C, H, W, S) in [0, 1].
 Out: alignment of the views minus gamma times the coding rate of the student.
 
 Crop, resize, flip and blur of Algorithms 1-3 are linear, and each works on one axis at a time: one
-small matrix per axis and sample. So a whole batch is augmented by three batched matrix products, on
-whatever device it lies.
+small matrix per axis, view and sample. So a whole batch is augmented by two or three batched matrix
+products, on whatever device it lies.
 
     python simdino.py FILE --out views.png   # draws the views of one file
 """
@@ -26,23 +26,24 @@ LOCAL_VIEWS_2D = 10  # Sec. 3.3, of images
 LOCAL_VIEWS_3D = 4  # of videos and volumes
 
 # CHOICE: s_g and s_l of Appendix B have no value in the paper; these are DINO's 224 and 96 of 256.
-# Appendix B calls (s_g H, s_g W) the size of the crop. We read it as the size after Resize.
+# Appendix B calls (s_g H, s_g W) the size of the crop. We read it as the size after Resize,
+# which is what the network sees.
 GLOBAL_SIZE = 0.875
 LOCAL_SIZE = 0.375
 
 # The paper gives no numbers for the augmentations either.
 GLOBAL_AREA = (0.4, 1.0)  # CHOICE: DINO's shares of the plane in a crop
 LOCAL_AREA = (0.05, 0.4)
-ASPECT = (3 / 4, 4 / 3)  # CHOICE: of a crop in plane, torchvision's and DINO's
+ASPECT = (3 / 4, 4 / 3)  # CHOICE: of a crop relative to the sample, torchvision's numbers
 PROBABILITY = 0.5  # CHOICE: of flip, shift, blur and contrast each
 SHIFT = (-0.1, 0.1)  # CHOICE: added to intensities in [0, 1]
 BLUR = (0.1, 2.0)  # CHOICE: DINO's sigma, in pixels, along S in slices
 BLUR_RADIUS = 4  # sigma, where the Gaussian is cut off
 CONTRAST = (0.7, 1.5)  # CHOICE: a power of the intensity, within MONAI's RandAdjustContrast
 
-HIDDEN = 2048  # CHOICE: the head of the SimDINO code; the loss of Sec. 3.3 names none
+HIDDEN = 2048  # CHOICE: the head of the SimDINO code; Sec. 3.3 describes none
 OUT = 256
-DROP_PATH = 0.1  # stochastic depth of the student, official implementation
+DROP_PATH = 0.1  # stochastic depth of the student (train.py), official implementation
 MOMENTUM = 0.996  # of the teacher at the first step, 1 at the last (Sec. 3.3)
 
 
@@ -61,8 +62,8 @@ def resample_matrix(start, length, n_in, n_out, flip=None):
         centre = torch.where(flip[..., None], centre.flip(-1), centre)  # (..., n_out)
     centre = centre.clamp(0, n_in - 1)
 
-    # Each centre takes its neighbours by a triangle: one cell wide to each side, or one step when
-    # shrinking, which antialiases. At the border of a crop it also reads cells just outside.
+    # A triangle of weights lies around each centre. It reaches one cell to each side, or one step
+    # when shrinking, which antialiases; at the border of a crop also to cells just outside.
     width = step.clamp(min=1)[..., None]  # (..., 1, 1)
     distance = (torch.arange(n_in, device=start.device) - centre[..., None]).abs()
     weight = (1 - distance / width).clamp(min=0)  # (..., n_out, n_in)
@@ -83,9 +84,9 @@ def blur_matrix(sigma, n):
 def apply_matrices(x, along_h, along_w, along_s=None):
     """V views of each sample: x (B, C, H, W, S) -> (B, V, C, H', W', S').
 
-    Matrices (B, V, n_out, n_in), one for each axis; without along_s, S stays as it is. In einsum's
-    letters h, w and s become i, j and k. A product puts its new axis in front and leaves the next
-    one last, where it needs no copy; the first product reads a sample once for all its views.
+    Matrices (B, V, n_out, n_in), one for each axis; without along_s, S stays as it is. In the
+    einsums s, w and h are the axes that go in, and k, j and i those that come out. The order of
+    axes has one reason: the axis to be multiplied is always the last, so that nothing is copied.
     """
     x = x.permute(0, 4, 1, 2, 3)[:, None]  # (B, 1, S, C, H, W)
     if along_s is None:
@@ -103,13 +104,13 @@ class Uniforms(NamedTuple):
     aspect: torch.Tensor
     top: torch.Tensor
     left: torch.Tensor
-    first: torch.Tensor  # slice of a crop
-    flip: torch.Tensor
-    blur: torch.Tensor
+    front: torch.Tensor  # the first slice of a crop
+    flip_coin: torch.Tensor  # below PROBABILITY: do it
+    blur_coin: torch.Tensor
     sigma: torch.Tensor
+    shift_coin: torch.Tensor
     shift: torch.Tensor
-    shift_by: torch.Tensor
-    contrast: torch.Tensor
+    contrast_coin: torch.Tensor
     power: torch.Tensor
 
 
@@ -135,10 +136,9 @@ def view_matrices(shape, kind, size, draw):
     # Where the crop lies, and which axis RandFlip mirrors. CHOICE: W, left and right.
     places = [draw.top, draw.left]
     if sample_kind(shape) == "volume":
-        places.append(draw.first)  # Algorithm 3 crops S, Algorithms 1 and 2 do not
-    flips = [None, None, None]
-    if kind != "local":
-        flips[1] = draw.flip < PROBABILITY
+        places.append(draw.front)  # Algorithm 3 crops S, Algorithms 1 and 2 do not
+    flip_w = draw.flip_coin < PROBABILITY if kind != "local" else None
+    flips = [None, flip_w, None]
 
     matrices = []
     for axis, place in enumerate(places):
@@ -147,46 +147,48 @@ def view_matrices(shape, kind, size, draw):
         start = place * (n_in - length)
         matrix = resample_matrix(start, length, n_in, size[axis], flips[axis])  # Resize
         if kind == "global1":  # GaussianBlur
-            # Blur and shift commute, since rows sum to one: only the clipping comes after both.
-            sigma = torch.where(draw.blur < PROBABILITY, between(BLUR, draw.sigma), 0)
+            # Algorithm 1 shifts before it blurs. The order is the same, since rows sum to one.
+            sigma = torch.where(draw.blur_coin < PROBABILITY, between(BLUR, draw.sigma), 0)
             matrix = blur_matrix(sigma, size[axis]) @ matrix  # (B, V, n_out, n_in)
         matrices.append(matrix)
     return matrices
 
 
-def views_of_kind(x, kind, size, u):
-    """V views of one kind: samples x (B, C, H, W, S), u (B, V, 12) -> (B, V, C, H', W', S').
+def views_of_kind(x, kind, size, draws):
+    """V views of one kind: samples x (B, C, H, W, S), draws (B, V, 12) -> (B, V, C, H', W', S').
 
     kind: "global1", "global2" or "local". size: (H', W', S'), of which S' counts for volumes alone.
-    u: uniform numbers in [0, 1), in the order of `Uniforms`.
+    draws: uniform numbers in [0, 1), in the order of `Uniforms`.
     """
-    draw = Uniforms(*u.unbind(dim=-1))
+    draw = Uniforms(*draws.unbind(dim=-1))
     matrices = view_matrices(x.shape[1:], kind, size, draw)
     views = apply_matrices(x, *matrices)  # (B, V, C, H', W', S')
 
     if kind != "local":  # RandShiftIntensity, clipped to the range of the data
-        shift = torch.where(draw.shift < PROBABILITY, between(SHIFT, draw.shift_by), 0)
+        shift = torch.where(draw.shift_coin < PROBABILITY, between(SHIFT, draw.shift), 0)
         views = (views + shift[..., None, None, None, None]).clamp(0, 1)
     if kind == "global2":  # Contrast adjust
-        power = torch.where(draw.contrast < PROBABILITY, between(CONTRAST, draw.power), 1)
+        power = torch.where(draw.contrast_coin < PROBABILITY, between(CONTRAST, draw.power), 1)
         views = views ** power[..., None, None, None, None]
     return views
 
 
 def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=None):
-    """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> views (B, C, H', W', S') in [-1, 1].
+    """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> V views, (B, C, H', W', S') in [-1, 1].
 
     The two global views come first. Sides are s_g or s_l times the sample's, in whole patches.
-    local_views: of an image (Fig. 3a). generator: on the CPU. A view depends on its sample and its
-    row of random numbers alone, not on the rest of the batch or, but for rounding, on the device.
+    local_views: how many an image has (Fig. 3a). generator: on the CPU. A view depends on its
+    sample and its row of random numbers alone, not on the rest of the batch or, but for rounding,
+    on the device.
     """
     is_image = sample_kind(x.shape[1:]) == "image"
     count = local_views if is_image else LOCAL_VIEWS_3D
-    u = torch.rand(len(x), 2 + count, 12, generator=generator).to(x.device)  # (B, V, 12)
-    draws = {"global1": u[:, :1], "global2": u[:, 1:2], "local": u[:, 2:]}
+    draws = torch.rand(len(x), 2 + count, len(Uniforms._fields), generator=generator)  # (B, V, 12)
+    draws = draws.to(x.device)
+    of_kind = {"global1": draws[:, :1], "global2": draws[:, 1:2], "local": draws[:, 2:]}
 
     views = []
-    for kind, own_draws in draws.items():
+    for kind, own_draws in of_kind.items():
         scale = LOCAL_SIZE if kind == "local" else GLOBAL_SIZE
         size = [max(1, int(n * scale / p + 0.5)) * p for n, p in zip(x.shape[2:], patch_size)]
         same_kind = views_of_kind(x, kind, size, own_draws)  # (B, V, C, H', W', S')
@@ -198,10 +200,10 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
 def coding_rate(z, eps=0.5):
     """R(Z) = 1/2 logdet(I + d / eps^2 Gamma) of z (m, d), Gamma = Z^T Z / m (Sec. 3.3).
 
-    In nats a row, for precision eps; all of z takes m + d times that (Ma et al. 2007). NaN if z is
-    not finite. CHOICE: Gamma is the uncentred second moment, as in the SimDINO code; the paper
-    writes Cov. It is computed in float64 with autocast off: near collapse and with a small eps,
-    fp32 depends on the order of summation and bf16 is NaN.
+    It is in nats a row, at precision eps; all of z takes m + d times that (Ma et al. 2007).
+    CHOICE: Gamma is the uncentred second moment, as in the SimDINO code; the paper has Cov. It is
+    computed in float64 with autocast off: near collapse and with a small eps, fp32 depends on the
+    order of summation and bf16 is NaN.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.double()
@@ -231,7 +233,7 @@ def rate_range(m, d, eps=0.5):
     return 0.5 * math.log1p(trace), 0.5 * r * math.log1p(trace / r)
 
 
-def gather(z):
+def gather_ranks(z):
     """(B, d) on each of R ranks -> (R B, d) on all.
 
     So Z^T Z is summed over all ranks. Gradients flow through a rank's own rows alone, R times: DDP
@@ -242,7 +244,7 @@ def gather(z):
         return z
     everyone = [torch.empty_like(z) for _ in range(world)]
     dist.all_gather(everyone, z.detach().contiguous())
-    # This has the value of z and R times its gradient.
+    # Straight-through: this has the value of z and R times its gradient.
     everyone[dist.get_rank()] = z + (world - 1) * (z - z.detach())
     return torch.cat(everyone)  # (R B, d)
 
@@ -259,7 +261,7 @@ def effective_rank(z):
 def simdino_loss(student, teacher, eps=0.5, gamma=None):
     """Student (V, B, d), global views first, and teacher (2, B, d) -> scalar loss, its parts.
 
-        L_SimDINO = mean of 1/2 ||z_c - z_g||^2 - gamma R(Z)                            (Sec. 3.3)
+        L_SimDINO = mean(1/2 ||z_c - z_g||^2) - gamma R(Z)                              (Sec. 3.3)
 
     The mean is over all pairs of a teacher's view z_g and another view z_c of the student. R(Z) is
     the coding rate of the samples of all ranks, averaged over the two global views of the student.
@@ -267,8 +269,9 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
     CHOICE: the rate is the student's alone, as the paper writes it, and of global views, as in the
     SimDINO code. That code's default is the rate of (student + teacher) / 2, which has half the
     gradient where the two agree. Its --eps is this eps squared.
-    DEVIATION: the paper has no weight between the terms. But the rate reaches `rate_range` and the
-    alignment 2, so gamma defaults to (d + m) / (d m), the balance of the SimDINO code.
+    DEVIATION: the paper has gamma = 1. But the alignment is at most 2, while the rate can be tens
+    of nats (`rate_range`). So gamma defaults to (d + m) / (d m), the balance of the SimDINO code,
+    with m the rows of Z on all ranks.
     """
     with torch.autocast(student.device.type, enabled=False):
         student = student.float()
@@ -280,8 +283,8 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
         pairs = 2 * (V - 1)
         alignment = (distance * different[..., None]).sum() / (pairs * B)
 
-        first = gather(student[0])  # (m, d)
-        second = gather(student[1])  # (m, d)
+        first = gather_ranks(student[0])  # (m, d)
+        second = gather_ranks(student[1])  # (m, d)
         rate = (coding_rate(first, eps) + coding_rate(second, eps)) / 2
         m = len(first)
         if gamma is None:
@@ -334,6 +337,7 @@ class SimDINO(nn.Module):
 
     def __init__(self, encoder, local_views=LOCAL_VIEWS_2D, gamma=None, momentum=MOMENTUM, eps=0.5):
         super().__init__()
+        assert encoder.cls_token is not None, "SimDINO embeds the CLS token (Sec. 3.3)"
         self.config = {"local_views": local_views, "gamma": gamma, "momentum": momentum, "eps": eps}
         self.student = EncoderWithHead(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -341,6 +345,7 @@ class SimDINO(nn.Module):
 
     @property
     def encoder(self):
+        """The teacher's: it is what checkpoints hold and what embeds."""
         return self.teacher.encoder
 
     def make_inputs(self, x, generator):

@@ -35,7 +35,7 @@ SOP = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4",
        "XA": "1.2.840.10008.5.1.4.1.1.12.1", "RF": "1.2.840.10008.5.1.4.1.1.12.2"}
 
 
-# ---- makers of small files ----------------------------------------------------------------------
+# ---- makers of small files -----------------------------------------------------------------------
 def dicom(path, pixels, modality="CR", syntax=ExplicitVRLittleEndian, **tags):
     """A DICOM file of a patient whose name must never be seen anywhere."""
     secret = {"PatientName": "SECRETNAME^ANNA", "PatientID": "SECRETID77", "PatientBirthDate": "19610503",
@@ -238,7 +238,7 @@ def drop_frames(path, numbers):
     return path
 
 
-# ---- caches without any reader ----------------------------------------------------------------------------------
+# ---- caches without any reader -------------------------------------------------------------------
 
 def write_cache(folder, shapes, per_shape=8, seed=0, split="train"):
     """A cache folder with random samples: shapes {modality: (C, H, W, S)}; returns the folder."""

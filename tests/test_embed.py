@@ -379,7 +379,8 @@ def test_two_runs_at_once_do_not_mix(cache, checkpoint, tmp_path):
     for file in (checkpoint, tmp_path / "other.pt"):
         arguments = [cache, "--checkpoint", file, "--workers", "0", "--out", "emb.npz"]
         command = [sys.executable, *torchrun(ROOT / "embed.py", *arguments)]
-        runs.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
+        runs.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE,
+                                     text=True))
     for started in runs:
         _, errors = started.communicate(timeout=120)
         assert started.returncode == 0, errors

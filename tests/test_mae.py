@@ -96,7 +96,7 @@ def test_same_noise_same_loss_and_every_parameter_learns():
 
 def test_a_sample_of_one_patch_is_refused():
     """Nothing would be hidden, and the mean over no patches is NaN."""
-    with pytest.raises(UserError, match="one patch"):
+    with pytest.raises(UserError, match="no patch is left to hide"):
         model = tiny()
         model(*model.make_inputs(torch.rand(2, 1, 16, 16, 1), None))
 

@@ -1,4 +1,4 @@
-"""A newcomer's likeliest mistakes: each ends with one clear line that names the remedy, and with no traceback."""
+"""A newcomer's likeliest mistakes: each ends with one clear line that names the remedy, no traceback."""
 import importlib
 import json
 import sys
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A working folder with a few images, a cache, a checkpoint, embeddings, and files that are none of these."""
+    """A working folder with images, a cache, a checkpoint, embeddings, and files that are none of these."""
     home = tmp_path_factory.mktemp("home")
     (home / "images").mkdir()
     for i in range(3):
@@ -28,12 +28,15 @@ def home(tmp_path_factory):
     (home / "badsplit.csv").write_text("path,labels,split\n0.png,a,holdout\n")
     write_cache(home / "cache" / "small", {"xray": (1, 32, 32, 1)})
     write_cache(home / "cache" / "volumes", {"ct": (1, 32, 32, 8)})
-    save_checkpoint(home / "mae.pt", ViT("vit_xs", (8, 8, 4)), flags="{}", step=1, ids=torch.zeros(0, dtype=torch.int64))
+    no_ids = torch.zeros(0, dtype=torch.int64)
+    save_checkpoint(home / "mae.pt", ViT("vit_xs", (8, 8, 4)), flags="{}", step=1, ids=no_ids)
     (home / "text.pt").write_text("hello")
-    ids = [line.split(",")[0] for line in (home / "cache" / "small" / "samples.csv").read_text().splitlines()[1:]]
+    table = (home / "cache" / "small" / "samples.csv").read_text().splitlines()
+    ids = [line.split(",")[0] for line in table[1:]]
     meta = {"encoder": "pixels", "pool": "", "checkpoint": "", "checkpoint_sha256": "", "weights_sha256": "",
             "code_sha256": "", "cache": "cache/small", "sizes": {"size": 32, "slices": 8, "frames": 16}}
-    np.savez(home / "emb.npz", embeddings=np.eye(8, 1024, dtype=np.float32), ids=np.array(ids), meta=json.dumps(meta))
+    vectors = np.eye(8, 1024, dtype=np.float32)
+    np.savez(home / "emb.npz", embeddings=vectors, ids=np.array(ids), meta=json.dumps(meta))
     np.savez(home / "none.npz", embeddings=np.zeros((0, 4), np.float32), ids=np.array([], str), meta="{}")
     return home
 
@@ -82,7 +85,8 @@ def test_a_mistake_is_one_line_with_the_remedy(home, command, code, words, monke
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
     with pytest.raises(SystemExit) as leave:
         prepare.cli(importlib.import_module(script.removesuffix(".py")).main)
-    told = leave.value.code if isinstance(leave.value.code, str) else ""  # which the interpreter prints, with code 1
+    # The interpreter prints a text, with exit code 1.
+    told = leave.value.code if isinstance(leave.value.code, str) else ""
     assert (1 if told else leave.value.code) == code
     last = (capsys.readouterr().err + told).rstrip().splitlines()[-1]
     assert last.startswith(f"{script}: ") and words in last

@@ -22,7 +22,7 @@ def unit_vectors(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-# ---- coding rate ---------------------------------------------------------------------------------------
+# ---- coding rate ---------------------------------------------------------------------------------
 def rate_oracle(z, eps):
     """1/2 logdet(I + d / (m eps^2) Z^T Z) in float64, by eigenvalues of the d x d side."""
     z = np.asarray(z, np.float64)
@@ -99,7 +99,7 @@ def test_effective_rank():
     assert effective_rank(torch.eye(16)[:8]).item() == pytest.approx(8)
 
 
-# ---- loss ----------------------------------------------------------------------------------------------
+# ---- loss ----------------------------------------------------------------------------------------
 def loss_oracle(student, teacher, eps, gamma):
     """The equation of Sec. 3.3 by loops, float64."""
     V, B, d = student.shape
@@ -172,13 +172,15 @@ def test_three_products_are_the_sum_over_all_three_axes(shape):
     torch.testing.assert_close(apply_matrices(x, h, w), expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- views ---------------------------------------------------------------------------------------------
+# ---- views ---------------------------------------------------------------------------------------
 LINES = [torch.linspace(0, 1, n) for n in (32, 48, 16)]
 RAMP = torch.stack(torch.meshgrid(*LINES, indexing="ij"))  # (3, H, W, S)
 
 
-UNCHANGED = {"area": 1.0, "aspect": 0.5, "top": 0.5, "left": 0.5, "first": 0.5, "flip": 1.0, "blur": 1.0,
-             "sigma": 0.5, "shift": 1.0, "shift_by": 0.5, "contrast": 1.0, "power": 0.5}  # the sample itself
+# Numbers that leave the sample as it is.
+UNCHANGED = {"area": 1.0, "aspect": 0.5, "top": 0.5, "left": 0.5, "front": 0.5, "flip_coin": 1.0,
+             "blur_coin": 1.0, "sigma": 0.5, "shift_coin": 1.0, "shift": 0.5, "contrast_coin": 1.0,
+             "power": 0.5}
 
 
 def make_view(x, kind, size, **chosen):
@@ -197,7 +199,7 @@ def test_axes_are_not_swapped():
     """On a ramp along one axis, a crop changes that axis only, by the crop's start and length."""
     volumes = RAMP[:, None]  # three volumes (B = 3, 1, H, W, S), a ramp along H, W and S each
     area = (0.5 - 0.4) / 0.6  # of GLOBAL_AREA: half the plane, sides of sqrt(0.5)
-    view = make_view(volumes, "global1", (32, 48, 16), area=area, top=0.0, left=1.0, first=0.5)
+    view = make_view(volumes, "global1", (32, 48, 16), area=area, top=0.0, left=1.0, front=0.5)
     side = 0.5**0.5
     for axis, (n, start) in enumerate([(32, 0.0), (48, 1 - side), (16, (1 - side) / 2)]):
         centres = (start + side * (torch.arange(n) + 0.5) / n) * n - 0.5  # in input cells
@@ -209,19 +211,20 @@ def test_axes_are_not_swapped():
 def test_flip_mirrors_width_only():
     x = torch.rand(1, 1, 32, 48, 8)
     size = (32, 48, 8)
-    assert torch.equal(make_view(x, "global2", size, flip=0.0), x.flip(3))
-    assert torch.equal(make_view(x, "local", size, flip=0.0), make_view(x, "local", size))
+    assert torch.equal(make_view(x, "global2", size, flip_coin=0.0), x.flip(3))
+    assert torch.equal(make_view(x, "local", size, flip_coin=0.0), make_view(x, "local", size))
 
 
 def test_intensities_of_each_kind_of_view():
     x, size = torch.rand(1, 1, 16, 16, 1), (16, 16, 1)
-    brighter = make_view(x, "global1", size, shift=0.0, shift_by=1.0)
+    brighter = make_view(x, "global1", size, shift_coin=0.0, shift=1.0)
     torch.testing.assert_close(brighter, (x + 0.1).clamp(max=1))
-    torch.testing.assert_close(make_view(x, "global2", size, shift=0.0, shift_by=1.0), brighter)
-    assert torch.equal(make_view(x, "local", size, shift=0.0, shift_by=1.0), make_view(x, "local", size))
-    torch.testing.assert_close(make_view(x, "global2", size, contrast=0.0, power=0.0), x**0.7)
-    assert torch.equal(make_view(x, "global1", size, contrast=0.0, power=0.0), x)  # contrast is global 2's
-    assert torch.equal(make_view(x, "global2", size, blur=0.0, sigma=1.0), x)  # and blur global 1's
+    torch.testing.assert_close(make_view(x, "global2", size, shift_coin=0.0, shift=1.0), brighter)
+    assert torch.equal(make_view(x, "local", size, shift_coin=0.0, shift=1.0), make_view(x, "local", size))
+    torch.testing.assert_close(make_view(x, "global2", size, contrast_coin=0.0, power=0.0), x**0.7)
+    # Contrast is of global 2 alone.
+    assert torch.equal(make_view(x, "global1", size, contrast_coin=0.0, power=0.0), x)
+    assert torch.equal(make_view(x, "global2", size, blur_coin=0.0, sigma=1.0), x)  # and blur global 1's
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 64, 32, 1), (3, 3, 64, 32, 4), (3, 1, 64, 32, 8)])
@@ -238,7 +241,7 @@ def test_views_made_together_are_those_made_one_by_one(shape):
 def test_blur_is_a_gaussian_and_keeps_constants():
     x = torch.zeros(1, 1, 33, 33, 1)
     x[0, 0, 16, 16] = 1
-    blurred = make_view(x, "global1", (33, 33, 1), blur=0.0, sigma=1.0)[0, 0, :, :, 0]  # sigma 2
+    blurred = make_view(x, "global1", (33, 33, 1), blur_coin=0.0, sigma=1.0)[0, 0, :, :, 0]  # sigma 2
     distance = torch.arange(33) - 16
     g = torch.exp(-0.5 * (distance / 2) ** 2) * (distance.abs() <= 8)  # to 4 sigma
     torch.testing.assert_close(blurred, torch.outer(g, g) / g.sum() ** 2, rtol=1e-4, atol=1e-7)
@@ -298,7 +301,7 @@ def test_crop_areas_stay_in_their_range():
     assert 0.1 < min(sides) < 0.35 and 0.45 < max(sides) < 0.75  # sqrt(.05 * 3/4) = .19, sqrt(.4 * 4/3) = .73
 
 
-# ---- method --------------------------------------------------------------------------------------------
+# ---- method --------------------------------------------------------------------------------------
 def test_teacher_follows_the_student_and_only_then():
     torch.manual_seed(0)
     method = SimDINO(ViT("vit_t", cls_token=True, drop_path=0.1))
