@@ -47,6 +47,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict, deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1433,6 +1434,12 @@ LEAST_SHOWN = 0.1
 MOST_ASKED = 2**24
 
 
+@lru_cache(maxsize=1)
+def no_padding(shape):
+    """A mask of nothing, which all slices of a volume share: hundreds would fill the memory."""
+    return np.zeros(shape, bool)
+
+
 def padding_mask(ds, stored):
     """Where pixels are padding, bool like `stored` (PS3.3 C.7.5.1.1.2): one value, or a range.
 
@@ -1452,7 +1459,7 @@ def padding_mask(ds, stored):
             value -= 2**bits
         ends.append(value)
     if not ends:
-        return np.broadcast_to(False, stored.shape)
+        return no_padding(stored.shape)
     return (stored >= min(ends)) & (stored <= max(ends))
 
 

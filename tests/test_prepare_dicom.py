@@ -605,7 +605,6 @@ def test_of_two_enhanced_files_with_a_pass_each_the_first_pass_is_kept(tmp_path,
     assert np.array_equal(sole(kept), want) and rejected == {"1.dcm": prepare.ANOTHER_PASS}
 
 
-<<<<<<< HEAD
 TELL = {
     "b-values": lambda k, n: {"DiffusionBValue": 1000.0 * n},
     "echoes": lambda k, n: {"EffectiveEchoTime": 2.5 + n},
@@ -664,8 +663,6 @@ def test_an_iodine_map_in_an_enhanced_file_is_stretched_and_noted(tmp_path, monk
     assert sole(kept).max() == 1 and prepare.NOT_HU in (tmp_path / "cache/x/sources.csv").read_text()
 
 
-=======
->>>>>>> main
 # ---- reasons that are true -----------------------------------------------------------------------
 @pytest.mark.parametrize("allow_2d", [False, True])
 def test_a_colour_map_is_called_one(tmp_path, monkeypatch, allow_2d):
