@@ -504,8 +504,9 @@ def group_by_place(slices):
     """Slices of one direction -> a list for each place, in order along the normal."""
     positions = positions_along_normal(slices)  # (n,) mm
     places = []
+    last = None  # mm, where the last place begins
     for i in np.argsort(positions, kind="stable"):
-        if not places or positions[i] - last > PLACE_TOLERANCE:
+        if last is None or positions[i] - last > PLACE_TOLERANCE:
             places.append([])
             last = positions[i]
         places[-1].append(slices[i])
