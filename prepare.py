@@ -47,6 +47,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict, deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -246,29 +247,35 @@ for part, words in BODY_PARTS.items():
         PARTS_OF_WORD.setdefault(word, []).append(part)
 LONGEST_FIRST = sorted(PARTS_OF_WORD, key=len, reverse=True)
 
-# What may differ between two passes over the same places: echoes, b-values, phases, kernels, scans.
-ACQUISITION_TAGS = (
+# What may differ between two passes over the same places: what sort of picture a slice is (echoes,
+# b-values, phases, kernels), then the number of its acquisition, then the time.
+PASS_TAGS = (
     "EchoTime", "EffectiveEchoTime", "DiffusionBValue", "TemporalPositionIdentifier",
     "TemporalPositionIndex", "TriggerTime", "NominalCardiacTriggerDelayTime", "ConvolutionKernel",
-    "AcquisitionNumber", "ImageType", "FrameType", "ComplexImageComponent", "AcquisitionTime",
-    "ContentTime")
+    "ImageType", "FrameType", "ComplexImageComponent",
+    "AcquisitionNumber", "AcquisitionTime", "ContentTime")
+ACQUISITION_NUMBER = PASS_TAGS.index("AcquisitionNumber")
 DIRECTION_TOLERANCE = 0.01  # of the numbers of unit vectors: half a degree
 SPACING_TOLERANCE = 0.01  # a hundredth of it
 PLACE_TOLERANCE = 0.02  # mm along the normal
 ANOTHER_PASS = "another echo, b-value, phase or time of a kept series"
+NOT_TOLD_APART = "no tag tells it from a kept slice of its place: a copy, or another pass"
 NO_GEOMETRY = "no ImageOrientationPatient, PixelSpacing or ImagePositionPatient"
+# What a value that is not as the standard wants it can raise.
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
 
 
 class Slice(NamedTuple):
     """What the header says of one plane of a volume; of an enhanced file, of one of its frames."""
     file: str  # path below the source
     frame: int
+    uid: str  # SOPInstanceUID of the file
     size: tuple  # rows, columns
     direction: tuple  # (6,) unit vectors along a row and along a column; () if it is not told
     spacing: tuple  # (2,) mm from row to row, from column to column
     position: tuple  # (3,) mm, the centre of the first pixel
     number: int  # InstanceNumber, or the frame's
-    values: tuple  # of ACQUISITION_TAGS, as text
+    values: tuple  # of PASS_TAGS, as text
 
 
 def split_words(text):
@@ -339,11 +346,21 @@ def functional_groups(ds, frame):
     return groups
 
 
-def first_value(datasets, tag, default=None):
-    """The value of a tag in the first data set that has one; empty values do not count."""
-    for ds in datasets:
+def value_of(ds, tag):
+    """The value of a tag; None if there is none or it is empty. Malformed numbers come as text."""
+    try:
         value = ds.get(tag)
-        if value not in (None, ""):
+    except MALFORMED:
+        raw = ds.get_item(tag).value  # bytes of the file
+        value = bytes(raw).decode("latin-1")
+    return None if value == "" else value
+
+
+def first_value(datasets, tag, default=None):
+    """The value of a tag in the first data set that has one."""
+    for ds in datasets:
+        value = value_of(ds, tag)
+        if value is not None:
             return value
     return default
 
@@ -354,33 +371,55 @@ def per_frame(ds, frame, tag, default=None):
 
 
 def numbers_of(value):
-    """A DICOM value of one or more numbers -> a tuple of floats, () if it is none.
+    """A DICOM value of one or more numbers -> a tuple of finite floats, () if it is none.
 
-    Some programs write the comma of their country: 0,5 is 0.5.
+    A decimal comma is read as a point: some programs write numbers as their country does.
     """
+    if isinstance(value, str):
+        value = value.split("\\")
+    numbers = []
     try:
-        return tuple(float(str(number).replace(",", ".")) for number in np.atleast_1d(value))
-    except (TypeError, ValueError):
+        for number in np.atleast_1d(value):
+            numbers.append(float(str(number).replace(",", ".")))
+    except ValueError:
         return ()
+    if not np.isfinite(numbers).all():
+        return ()
+    return tuple(numbers)
 
 
 def slice_of(ds, path, frame):
     """The header of one frame of a file as a Slice."""
     places = [*functional_groups(ds, frame), ds]  # where its values can stand
-    number = numbers_of(ds.get("InstanceNumber"))
+    number = numbers_of(value_of(ds, "InstanceNumber"))
     values = []
-    for tag in ACQUISITION_TAGS:
+    for tag in PASS_TAGS:
         values.append(str(first_value(places, tag, "")))
     return Slice(
         file=path,
         frame=frame,
+        uid=str(ds.get("SOPInstanceUID", "")),
         size=(int(ds.Rows), int(ds.Columns)),
-        direction=numbers_of(first_value(places, "ImageOrientationPatient", ())),
-        spacing=numbers_of(first_value(places, "PixelSpacing", ())),
-        position=numbers_of(first_value(places, "ImagePositionPatient", ())),
+        direction=numbers_of(first_value(places, "ImageOrientationPatient")),
+        spacing=numbers_of(first_value(places, "PixelSpacing")),
+        position=numbers_of(first_value(places, "ImagePositionPatient")),
         number=int(number[0]) + frame if number else frame,
         values=tuple(values),
     )
+
+
+def why_no_image(ds):
+    """Why a header is of no image that can be decoded, as Rejected; None if it is of one."""
+    if not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"):
+        sop_class = pydicom.uid.UID(ds.get("SOPClassUID", ""))
+        if sop_class.name == sop_class:  # the standard knows no such class
+            return Rejected("no image", sop_class)
+        return Rejected(f"no image ({sop_class.name})")
+    if not ds.get("BitsStored"):
+        return Rejected("no BitsStored: floating-point pixels, or a damaged header")
+    if ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1:
+        return Rejected("HighBit is not BitsStored - 1")
+    return None
 
 
 def read_header(source, path, modality, allow_2d):
@@ -389,15 +428,9 @@ def read_header(source, path, modality, allow_2d):
     modality is what the user says, or "". Slices go to group_series. Rejected: what is no image.
     """
     ds = open_dicom(os.path.join(source, path), set(), stop_before_pixels=True)
-    if not ds.get("Rows") or not ds.get("Columns") or ds.get("Modality") in ("SEG", "RTDOSE"):
-        what = pydicom.uid.UID(ds.get("SOPClassUID", ""))
-        if what.name == what:  # the standard knows no such class
-            raise Rejected("no image", what)
-        raise Rejected(f"no image ({what.name})")
-    if not ds.get("BitsStored"):
-        raise Rejected("no BitsStored: floating-point pixels, or a damaged header")
-    if ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1:
-        raise Rejected("HighBit is not BitsStored - 1")
+    problem = why_no_image(ds)
+    if problem:
+        raise problem
 
     modality = modality or DICOM_MODALITIES.get(str(ds.get("Modality")), "")
     parts = body_parts(ds.get("BodyPartExamined"), ds.get("ProtocolName"),
@@ -411,112 +444,185 @@ def read_header(source, path, modality, allow_2d):
     series = str(ds.get("SeriesInstanceUID") or "")
     if re.search("LOCALIZER|SCOUT", str(ds.get("ImageType"))):
         raise Rejected("localizer")
-    if int(ds.get("SamplesPerPixel") or 1) > 1:
+    has_palette = ds.get("PhotometricInterpretation") == "PALETTE COLOR"
+    if has_palette or int(ds.get("SamplesPerPixel") or 1) > 1:
         if not allow_2d:
             raise Rejected("a colour map, no grey values (--allow-2d keeps it as an image)")
         return sample
     if not series and not allow_2d:
         raise Rejected("no SeriesInstanceUID (0020,000E) (--allow-2d keeps it as an image)")
 
-    frames = int(ds.get("NumberOfFrames") or 1)
     sample.kind = "series"
     sample.key = repr((patient, series or path))
-    sample.slices = [slice_of(ds, path, frame) for frame in range(frames)]
+    for frame in range(int(ds.get("NumberOfFrames") or 1)):
+        sample.slices.append(slice_of(ds, path, frame))
     return sample
 
 
-def is_alike(one, other):
-    """True if two slices can be of one volume: of one size, direction and spacing.
+def are_close(numbers, others, tolerances):
+    """True if two tuples have as many numbers, and no two differ by more than the tolerance."""
+    if len(numbers) != len(others):
+        return False
+    pairs = zip(numbers, others, tolerances)
+    return all(abs(number - other) <= tolerance for number, other, tolerance in pairs)
 
-    Numbers are compared with tolerances: scanners and converters round them, slice by slice.
+
+def can_share_volume(one, other):
+    """True if two slices are of one size, direction and spacing.
+
+    Numbers are compared with tolerances: scanners and converters round them, slice by slice. What
+    does not say where it lies is apart from what does.
     """
-    if one.size != other.size:
+    if one.size != other.size or len(one.position) != len(other.position):
         return False
-    if len(one.direction) != len(other.direction) or len(one.spacing) != len(other.spacing):
+    if not are_close(one.direction, other.direction, [DIRECTION_TOLERANCE] * 6):
         return False
-    return (np.allclose(one.direction, other.direction, rtol=0, atol=DIRECTION_TOLERANCE)
-            and np.allclose(one.spacing, other.spacing, rtol=SPACING_TOLERANCE, atol=0))
+    return are_close(one.spacing, other.spacing, [SPACING_TOLERANCE * mm for mm in other.spacing])
 
 
-def is_placed(one):
-    """True if a slice says where it lies in the patient."""
-    if len(one.direction) != 6 or len(one.spacing) != 2 or len(one.position) != 3:
-        return False
-    return bool(np.isfinite([*one.direction, *one.spacing, *one.position]).all())
+def split_by_geometry(slices):
+    """Slices of one series -> lists of those that can share a volume, the longest first."""
+    groups = []
+    for one in slices:
+        for group in groups:
+            if can_share_volume(one, group[0]):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return sorted(groups, key=len, reverse=True)
 
 
-def position_along_normal(one, direction):
-    """mm along the normal of a direction (6,), by which slices are sorted (PS3.3 C.7.6.2.1.1)."""
+def positions_along_normal(slices):
+    """(n,) mm along the normal of the first slice, by which they are sorted (PS3.3 C.7.6.2.1.1)."""
+    direction = slices[0].direction
     normal = np.cross(direction[:3], direction[3:])
-    return float(np.dot(one.position, normal))
+    return np.array([one.position for one in slices]) @ normal
 
 
 def group_by_place(slices):
     """Slices of one direction -> a list for each place, in order along the normal."""
-    direction = slices[0].direction
-    # The number i tells slices of one position apart, which have no order.
-    ordered = sorted((position_along_normal(one, direction), i) for i, one in enumerate(slices))
+    positions = positions_along_normal(slices)  # (n,) mm
     places = []
-    last = -np.inf  # mm
-    for position, i in ordered:
-        if position - last > PLACE_TOLERANCE:
+    last = None  # mm, where the last place begins
+    for i in np.argsort(positions, kind="stable"):
+        if last is None or positions[i] - last > PLACE_TOLERANCE:
             places.append([])
-            last = position
+            last = positions[i]
         places[-1].append(slices[i])
     return places
 
 
-def sort_key(value):
-    """Text of a tag as something to sort by: numbers by size, before words."""
-    try:
-        return 0, float(value), value
-    except ValueError:
-        return 1, 0.0, value
+def values_in_order(slices, tag):
+    """The different values of a tag: numbers by size, words as their InstanceNumbers come."""
+    first_number = {}  # {value: the lowest InstanceNumber}
+    for one in slices:
+        value = one.values[tag]
+        first_number[value] = min(one.number, first_number.get(value, one.number))
+    if all(len(numbers_of(value)) == 1 for value in first_number):
+        return sorted(first_number, key=lambda value: numbers_of(value)[0])
+    return sorted(first_number, key=lambda value: first_number[value])
 
 
-def pass_order(one):
-    """Sort key of the slices at one place, where no tag tells the passes apart."""
-    return one.number, [sort_key(value) for value in one.values], one.file, one.frame
+def pass_by_tag(places):
+    """Slices at each place -> those of the first value of a tag that is at all places.
+
+    The tags are asked in their order. If none has such a value: None, and the most places that a
+    value is at.
+    """
+    every_slice = [one for slices in places for one in slices]
+    largest = 0
+    for tag in range(len(PASS_TAGS)):
+        values = values_in_order(every_slice, tag)
+        if len(values) == 1:
+            continue
+
+        # A pass has a slice with its value at each place.
+        for value in values:
+            part = []
+            for slices in places:
+                part.append([one for one in slices if one.values[tag] == value])
+            covered = sum(len(slices) > 0 for slices in part)
+            if covered == len(places):
+                return part, covered
+            largest = max(largest, covered)
+    return None, largest
+
+
+def have_own_numbers(slices, tag):
+    """True if each of the slices of one place has a number of its own for a tag."""
+    values = {one.values[tag] for one in slices}
+    return len(values) == len(slices) and all(len(numbers_of(value)) == 1 for value in values)
+
+
+def pass_by_rank(places):
+    """The first slice of each of the places, which have as many slices.
+
+    So the n-th slice of each place is of the n-th pass. A cine gives each slice a time of its own:
+    such a tag says which is the first. Else InstanceNumber does, then the time, then the name.
+    """
+    for tag in range(ACQUISITION_NUMBER):
+        if all(have_own_numbers(slices, tag) for slices in places):
+            return [min(slices, key=lambda one: numbers_of(one.values[tag])) for slices in places]
+    return [min(slices, key=lambda one: (one.number, one.values[ACQUISITION_NUMBER:], one.file))
+            for slices in places]
+
+
+def differ_only_from(places, tag):
+    """True if slices of one place have the same values of all PASS_TAGS before one."""
+    return all(len({one.values[:tag] for one in slices}) == 1 for slices in places)
+
+
+def acquisitions_meet(places):
+    """True if acquisitions follow each other along the body and share no place but where they meet.
+
+    A head may be scanned in two parts, with one slice of both.
+    """
+    covered = {}  # {AcquisitionNumber: its places, counted from one end of the body}
+    for n, slices in enumerate(places):
+        for one in slices:
+            covered.setdefault(one.values[ACQUISITION_NUMBER], []).append(n)
+
+    # Each lies in one piece, and between two pieces at most one place is of both.
+    for numbers in covered.values():
+        if numbers != list(range(numbers[0], numbers[-1] + 1)):
+            return False
+    shared = sum(len(slices) > 1 for slices in places)
+    return shared < len(covered)
 
 
 def choose_pass(places):
-    """Slices at each place -> those of the first pass that covers all places.
+    """Slices at each place -> those of the first pass that covers all places, in order.
 
-    1. One slice at every place: these are it.
-    2. A tag has a value that slices at every place share: they are a pass. If these are several at
-       a place (2 echoes x 3 phases are 6 passes), the next tag divides them.
-    3. No tag does, but every place has as many slices: the n-th of each place is of the n-th pass.
-    4. Slices of one place that differ in no tag may be copies: all stay, and read_series compares
-       their pixels.
+    Passes are told apart by what differs between the slices of one place: by a tag that has one
+    value all over a pass, or by several of them, one after the other (2 echoes x 3 phases are 6
+    passes), or by the rank of a slice at its place. What may be copies stays: read_series compares
+    the pixels.
 
     Rejected if no pass covers all places: a part of a body is no volume.
     """
     if all(len(slices) == 1 for slices in places):
         return [slices[0] for slices in places]
 
-    # Of the values of a tag the first is taken whose slices are at all places.
-    largest = 0  # places that a pass covers
-    for tag in range(len(ACQUISITION_TAGS)):
-        values = {one.values[tag] for slices in places for one in slices}
-        if len(values) == 1:
-            continue
-        for value in sorted(values, key=sort_key):
-            part = []
-            for slices in places:
-                part.append([one for one in slices if one.values[tag] == value])
-            covered = sum(len(slices) > 0 for slices in part)
-            if covered == len(places):
-                return choose_pass(part)
-            largest = max(largest, covered)
-
-    # Their order at a place tells the passes apart.
+    # Passes as a rule repeat all of the body. Of one tag's pass another tag may be the parts.
+    part, largest = pass_by_tag(places)
+    if part:
+        return choose_pass(part)
     if len({len(slices) for slices in places}) == 1:
-        return [min(slices, key=pass_order) for slices in places]
-    for slices in places:
-        if len({one.values for one in slices}) > 1:
-            raise Rejected(f"no pass covers the {len(places)} places of this series, "
-                           f"the largest {largest}")
-    return [one for slices in places for one in slices]
+        return pass_by_rank(places)
+
+    # Else only some places have more than one slice: where acquisitions meet one of them is taken.
+    doubled = [slices for slices in places if len(slices) > 1]
+    if differ_only_from(doubled, ACQUISITION_NUMBER) and acquisitions_meet(places):
+        return [min(slices, key=lambda one: one.number) for slices in places]
+
+    # What differs in no tag may be a copy; so may a few slices that differ in their times alone.
+    may_be_copies = differ_only_from(doubled, len(PASS_TAGS))
+    if len(doubled) <= len(places) // 2:
+        may_be_copies = differ_only_from(doubled, ACQUISITION_NUMBER + 1)
+    if may_be_copies:
+        return [one for slices in places for one in slices]
+    raise Rejected(f"no pass covers the {len(places)} places of this series, the largest {largest}")
 
 
 def choose_slices(slices):
@@ -524,29 +630,20 @@ def choose_slices(slices):
 
     Rejected: too few, or as choose_pass says.
     """
-    if not all(is_placed(one) for one in slices):
+    one = slices[0]  # the others are like it
+    if len(one.direction) != 6 or len(one.spacing) != 2 or len(one.position) != 3:
         raise Rejected(NO_GEOMETRY)
+
     places = group_by_place(slices)
     if len(places) < MIN_SLICES:
         where = ""
         if len(places) < len(slices):
             where = f" at {len(places)} places"
+        if len(places) == 1 < len(slices):
+            where = " at one place"
         raise Rejected(f"{len(slices)} slices{where} of this series, size and direction, "
                        f"a volume needs {MIN_SLICES}")
     return choose_pass(places)
-
-
-def split_by_geometry(slices):
-    """Slices of one series -> lists of those that can be of one volume (see is_alike)."""
-    groups = []
-    for one in slices:
-        for group in groups:
-            if is_alike(one, group[0]):
-                group.append(one)
-                break
-        else:
-            groups.append([one])
-    return groups
 
 
 def make_volume(slices, header_of, key, allow_2d):
@@ -554,10 +651,15 @@ def make_volume(slices, header_of, key, allow_2d):
 
     header_of: {file: its sample}. With allow_2d, files of one slice that make no volume are images.
     """
+    # Of a file that was sent twice, under two names, one is read.
+    originals = {}  # {header without the name: the first slice}
+    for one in slices:
+        originals.setdefault(one._replace(file=""), one)
+
     files = list(dict.fromkeys(one.file for one in slices))
     are_single = all(len(header_of[path].slices) == 1 for path in files)
     try:
-        kept = choose_slices(slices)
+        kept = choose_slices(list(originals.values()))
     except Rejected as error:
         if are_single and allow_2d:
             images = [replace(header_of[path], kind="dicom", key="", slices=[]) for path in files]
@@ -565,9 +667,19 @@ def make_volume(slices, header_of, key, allow_2d):
         hint = " (--allow-2d keeps each as an image)" if are_single else ""
         return [], [(path, error.reason + hint) for path in files]
 
-    kept_files = sorted({one.file for one in kept})
-    volume = replace(header_of[kept_files[0]], files=kept_files, slices=kept, key=key)
-    return [volume], [(path, ANOTHER_PASS) for path in files if path not in kept_files]
+    # Copies of what is read are files of the volume, too.
+    read = set(kept)
+    used = {one.file for one in slices if originals[one._replace(file="")] in read}
+    volume = replace(header_of[min(used)], files=sorted(used), slices=kept, key=key)
+
+    # The rest is another pass, as far as one can tell.
+    like_kept = {one._replace(file="", uid="") for one in kept}
+    left_out = {}  # {file: reason}
+    for one in slices:
+        if one.file not in used:
+            is_like = one._replace(file="", uid="") in like_kept
+            left_out[one.file] = NOT_TOLD_APART if is_like else ANOTHER_PASS
+    return [volume], list(left_out.items())
 
 
 def group_series(samples, allow_2d):
@@ -1316,21 +1428,22 @@ def read_nifti(paths, sample, count, seed):
 
 
 # ---- read one file: DICOM ------------------------------------------------------------------------
-# What a tag that is not as the standard wants it can raise.
-MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
 # X-ray angiography and fluoroscopy: for display their modality LUT is not applied (PS3.4 N.2.5).
 NO_MODALITY_LUT = ("1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.1.1",
-                   "1.2.840.10008.5.1.4.1.1.12.2", "1.2.840.10008.5.1.4.1.1.12.2.1")
+                   "1.2.840.10008.5.1.4.1.1.12.2", "1.2.840.10008.5.1.4.1.1.12.2.1",
+                   "1.2.840.10008.5.1.4.1.1.12.3")
+COPIES = "duplicate slices dropped"
+NO_WINDOW = "window or VOI LUT cannot be read: not used"
 # CHOICE: a window that leaves so few pixels between black and white is that of another image.
 LEAST_SHOWN = 0.1
+# CHOICE: of longer sequences a part of the pixels, evenly spaced, gives the percentiles.
+MOST_ASKED = 2**24
 
 
-class Grey(NamedTuple):
-    """One grey frame on its way to the screen."""
-    stored: np.ndarray  # (h, w) as in the file
-    values: np.ndarray  # (h, w) float32, in the unit of the file
-    padding: np.ndarray  # (h, w) bool, no part of the picture
-    windowed: object  # (h, w) float32 in [0, 1] by the file's window or LUT, or None
+@lru_cache(maxsize=1)
+def no_padding(shape):
+    """A mask of nothing, which all slices of a volume share: hundreds would fill the memory."""
+    return np.zeros(shape, bool)
 
 
 def padding_mask(ds, stored):
@@ -1338,28 +1451,33 @@ def padding_mask(ds, stored):
 
     The tag may have a sign where the pixels have none, so the bits are compared: 63536 is -2000.
     """
+    if stored.dtype.kind == "f":
+        return ~np.isfinite(stored)
     bits = 8 * stored.itemsize
-    # A value that the pixels cannot have, with or without a sign, means nothing.
     ends = []
     for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
-        for value in numbers_of(ds.get(tag))[:1]:
-            if -(1 << bits - 1) <= value < 1 << bits:
-                pattern = np.array(int(value) % (1 << bits), f"u{stored.itemsize}")
-                ends.append(pattern.view(stored.dtype).item())
+        numbers = numbers_of(value_of(ds, tag))
+        # A value that the pixels cannot have, with or without a sign, means nothing.
+        if not numbers or not -2**(bits - 1) <= numbers[0] < 2**bits:
+            continue
+        value = int(numbers[0]) % 2**bits  # the bits, as a number without a sign
+        if stored.dtype.kind == "i" and value >= 2**(bits - 1):
+            value -= 2**bits
+        ends.append(value)
     if not ends:
-        return np.zeros(stored.shape, bool)
+        return no_padding(stored.shape)
     return (stored >= min(ends)) & (stored <= max(ends))
 
 
 def rescale_of(ds, frame):
     """Slope and intercept from stored values to the unit of the file, HU for CT.
 
-    Raises ValueError if they are no finite numbers.
+    Rejected if they are no numbers.
     """
     slope = numbers_of(per_frame(ds, frame, "RescaleSlope", 1))
     intercept = numbers_of(per_frame(ds, frame, "RescaleIntercept", 0))
-    if not np.isfinite([*slope, *intercept]).all() or not slope or not intercept:
-        raise ValueError("the rescale is no finite number")
+    if not slope or not intercept:
+        raise Rejected("rescale cannot be read")
     return np.float32(slope[0]), np.float32(intercept[0])
 
 
@@ -1386,15 +1504,14 @@ def read_lut(ds, descriptor, data):
     Entries of 8 bits come in bytes or in words, whatever the descriptor says.
     """
     count, first, _ = (int(number) for number in descriptor)
-    count = count or 65536  # 0 stands for it
+    count = count % 65536 or 65536  # two bytes cannot say 65536, and are read with a sign at times
 
     # Words come as numbers, or as the bytes of the file in its order.
     _, is_little_endian = ds.original_encoding
+    word = np.dtype("<u2" if is_little_endian else ">u2")
     if not isinstance(data, bytes):
-        data = np.atleast_1d(data).astype("<u2").tobytes()
-    elif not is_little_endian:
-        data = np.frombuffer(data, ">u2").astype("<u2").tobytes()
-    entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else "<u2")[:count]
+        data = np.atleast_1d(data).astype(word).tobytes()
+    entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else word)[:count]
     if len(entries) < 2:
         raise ValueError("a LUT of one entry")
     return first, entries.astype(np.float32)
@@ -1418,12 +1535,15 @@ def apply_modality(ds, frame, stored, notes):
             return look_up(stored, first, entries)
         except MALFORMED:
             notes.add("modality LUT cannot be read: not used")
+
     try:
         slope, intercept = rescale_of(ds, frame)
-    except MALFORMED:
+    except Rejected:
+        slope = 0
+    if slope == 0:
         notes.add("rescale cannot be read: not used")
         return stored.astype(np.float32)
-    return (stored * slope + intercept).astype(np.float32)
+    return stored * slope + intercept
 
 
 def apply_window(values, center, width, function):
@@ -1433,100 +1553,153 @@ def apply_window(values, center, width, function):
     if function == "LINEAR_EXACT":
         shown = (values - center) / width + 0.5
     elif width == 1:
-        shown = values > center - 0.5
+        shown = (values > center - 0.5).astype(np.float32)
     else:
         shown = (values - (center - 0.5)) / (width - 1) + 0.5
     return np.clip(shown, 0, 1)
 
 
-def apply_voi(ds, frame, values):
+def apply_voi(ds, frame, values, notes):
     """Values -> float32 in [0, 1] by the file's VOI LUT, else its first window (PS3.3 C.11.2).
 
-    None if it has neither. MALFORMED errors if what it has cannot be used.
+    None if it has neither, or what it has cannot be used.
     """
     luts = per_frame(ds, frame, "VOILUTSequence")
     if luts:
-        first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
-        shown = look_up(np.rint(values), first, entries) - entries.min()
-        return (shown / max(np.ptp(entries), 1)).astype(np.float32)
+        try:
+            first, entries = read_lut(ds, luts[0].LUTDescriptor, luts[0].LUTData)
+            shown = look_up(np.rint(values), first, entries) - entries.min()
+            return shown / max(np.ptp(entries), 1)
+        except MALFORMED:
+            notes.add(NO_WINDOW)
 
-    # Of several windows the first is meant for the first look.
     center = per_frame(ds, frame, "WindowCenter")
     width = per_frame(ds, frame, "WindowWidth")
     if center is None or width is None:
         return None
-    center = numbers_of(center)[0]
-    width = numbers_of(width)[0]
+
+    # Any other function counts as linear, whose width is at least 1.
     function = str(per_frame(ds, frame, "VOILUTFunction", "LINEAR")).upper()
-    least_width = 1 if function not in ("SIGMOID", "LINEAR_EXACT") else 1e-6
-    if not np.isfinite(center) or not least_width <= width < np.inf:
-        raise ValueError("the window is none")
-    return apply_window(values, center, width, function).astype(np.float32)
+    least_width = 1e-6 if function in ("SIGMOID", "LINEAR_EXACT") else 1
+    # Of several windows the first is meant for the first look.
+    center = numbers_of(center)
+    width = numbers_of(width)
+    if not center or not width or width[0] < least_width:
+        notes.add(NO_WINDOW)
+        return None
+    return apply_window(values, center[0], width[0], function)
 
 
-def grey_frame(ds, frame, stored, notes):
-    """One frame of stored pixels (h, w) -> Grey."""
-    padding = padding_mask(ds, stored)
-    values = apply_modality(ds, frame, stored, notes)
-    try:
-        windowed = apply_voi(ds, frame, values)
-    except MALFORMED:
-        notes.add("window or VOI LUT cannot be read: not used")
+class Grey(NamedTuple):
+    """One grey frame, (h, w), on its way to the screen."""
+    stored: np.ndarray  # as in the file
+    padding: np.ndarray  # bool, no part of the picture
+    values: np.ndarray  # float32, in the unit of the file
+    windowed: object  # of an X-ray float32 in [0, 1] by the file's window or LUT, else None
+
+
+class Scale(NamedTuple):
+    """How grey frames are shown."""
+    source: str  # which picture of a Grey: stored, values or windowed
+    low: float  # what becomes black in it
+    high: float  # what becomes white
+    hounsfield: bool = False
+
+
+def grey_frames(ds, stored, modality, notes):
+    """Yield frames {n: stored pixels (h, w)} as Grey, one at a time: all would fill the memory."""
+    for n, pixels in stored.items():
+        padding = padding_mask(ds, pixels)
+        values = apply_modality(ds, n, pixels, notes)
         windowed = None
-    return Grey(stored, values, padding, windowed)
+        if modality == "xray":
+            windowed = apply_voi(ds, n, values, notes)
+        yield Grey(pixels, padding, values, windowed)
 
 
-def windows_are_useful(frames):
-    """True if every frame has a window, and they leave something between black and white."""
-    if any(frame.windowed is None for frame in frames):
+def window_is_useful(frames, notes):
+    """True if every Grey frame has a window, and these leave enough between black and white."""
+    pixels = 0
+    between = 0
+    for frame in frames:
+        if frame.windowed is None:
+            return False
+        shown = frame.windowed[~frame.padding]  # (n,)
+        pixels += shown.size
+        between += np.count_nonzero((shown > 0.01) & (shown < 0.99))
+    if between < LEAST_SHOWN * pixels:
+        notes.add("window shows nearly nothing: not used")
         return False
-    shown = np.concatenate([frame.windowed[~frame.padding] for frame in frames])
-    between = (shown > 0.01) & (shown < 0.99)
-    return shown.size > 0 and between.mean() >= LEAST_SHOWN
+    return True
 
 
-def display_values(ds, frames, modality, notes):
-    """Grey frames -> [(h, w) float32 in [0, 1]] as displayed, all by one rule and one stretch.
+def frames_are_hounsfield(ds, frames):
+    """True if the values of Grey frames of CT are HU, by the header or by the values of one."""
+    said = says_hounsfield(ds)
+    if said is not None:
+        return said
+    for frame in frames:
+        valid = frame.values[~frame.padding]  # (n,)
+        if valid.size and is_hounsfield(valid):
+            return True
+    return False
 
-    CT by HU_RANGE if its values are HU, X-ray by the file's window, other images of 8 bits as they
+
+def percentile_scale(frames, pixels):
+    """The Scale from percentile to percentile of the values of Grey frames, of so many pixels."""
+    step = pixels // MOST_ASKED + 1
+    asked = [frame.values[~frame.padding][::step] for frame in frames]
+    low, high = percentile_range(np.concatenate(asked))
+    return Scale("values", float(low), float(high))  # so that frames stay float32
+
+
+def choose_scale(ds, stored, modality, notes):
+    """The Scale for all frames {n: stored pixels (h, w)}: what changes in time goes on changing.
+
+    X-ray by the file's window, CT by HU_RANGE if its values are HU, other images of 8 bits as they
     are, the rest by percentiles.
     """
-    # CT of another unit is an image like others.
-    hounsfield = False
+    def frames():
+        return grey_frames(ds, stored, modality, notes)
+
+    if modality == "xray" and window_is_useful(frames(), notes):
+        return Scale("windowed", 0.0, 1.0)
     if modality == "ct":
-        valid = np.concatenate([frame.values[~frame.padding] for frame in frames])
-        hounsfield = says_hounsfield(ds)
-        if hounsfield is None:
-            hounsfield = valid.size > 0 and is_hounsfield(valid)
-        if not hounsfield:
-            notes.add(NOT_HU)
+        if frames_are_hounsfield(ds, frames()):
+            return Scale("values", *HU_RANGE, hounsfield=True)
+        notes.add(NOT_HU)
+    if modality not in VOLUME_MODALITIES and ds.BitsStored <= 8 and not ds.PixelRepresentation:
+        return Scale("stored", 0.0, 2.0**ds.BitsStored - 1)
+    return percentile_scale(frames(), sum(pixels.size for pixels in stored.values()))
 
-    full = np.float32((1 << ds.BitsStored) - 1)
-    if hounsfield:
-        low, high = HU_RANGE
-        planes = [(np.clip(frame.values, low, high) - low) / (high - low) for frame in frames]
-    elif modality == "xray" and windows_are_useful(frames):
-        planes = [frame.windowed for frame in frames]
-    elif modality != "mri" and ds.BitsStored <= 8 and not ds.PixelRepresentation:
-        planes = [frame.stored / full for frame in frames]
-    else:
-        planes = normalize_percentiles(np.stack([frame.values for frame in frames]),
-                                       ~np.stack([frame.padding for frame in frames]))
 
-    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and not hounsfield
+def display(ds, stored, modality, notes):
+    """Grey frames {n: stored pixels (h, w)} -> {n: (h, w) float32 in [0, 1]} as on a screen.
+
+    In this order: padding found, modality LUT or rescale, window or VOI LUT (or another Scale),
+    MONOCHROME1 inverted, padding made black. A step whose tags are malformed is left out.
+    """
+    scale = choose_scale(ds, stored, modality, notes)
+    # HU mean the same whatever a screen makes of them.
+    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and not scale.hounsfield
     if inverted:
         notes.add("MONOCHROME1: inverted")
-    shown = []
-    for frame, plane in zip(frames, planes):
-        plane = 1 - plane if inverted else plane
-        shown.append(np.where(frame.padding, 0, plane).astype(np.float32))
+
+    width = scale.high - scale.low or 1.0  # 0 where all values are the same
+    shown = {}
+    for n, frame in zip(stored, grey_frames(ds, stored, modality, notes)):
+        plane = getattr(frame, scale.source).astype(np.float32)
+        plane = np.clip((plane - scale.low) / width, 0, 1)
+        if inverted:
+            plane = 1 - plane
+        shown[n] = np.where(frame.padding, np.float32(0), plane)
     return shown
 
 
 def apply_palette(ds, stored):
     """Stored values (h, w) -> (h, w, 3) in [0, 1] by the file's palette (PS3.3 C.7.6.3.1.5)."""
     if "SegmentedRedPaletteColorLookupTableData" in ds:
-        coloured = apply_color_lut(stored, ds)  # (h, w, 3) uint8 or uint16
+        coloured = apply_color_lut(stored, ds)[:, :, :3]  # uint8 or uint16, without transparency
         return coloured / np.float32(np.iinfo(coloured.dtype).max)
 
     channels = []
@@ -1534,27 +1707,32 @@ def apply_palette(ds, stored):
     for colour in ("Red", "Green", "Blue"):
         descriptor = ds[f"{colour}PaletteColorLookupTableDescriptor"].value
         first, entries = read_lut(ds, descriptor, ds[f"{colour}PaletteColorLookupTableData"].value)
-        channels.append(look_up(stored, first, entries))
+        channels.append(look_up(stored, first, entries))  # (h, w)
         largest = max(largest, entries.max())
 
     # Entries of 8 bits are sometimes declared as 16, and the other way round.
     full = 255
     if largest > full:
-        full = max(largest, (1 << int(descriptor[2])) - 1)
-    return np.stack(channels, axis=-1) / np.float32(full)  # (h, w, 3)
+        full = max(largest, 2**int(descriptor[2]) - 1)
+    return np.stack(channels, axis=2) / np.float32(full)
 
 
-def read_colour(ds, stored):
-    """A colour frame -> (h, w, 3) in [0, 1]."""
+def colour_frame(ds, stored, notes):
+    """A frame (h, w[, 3]) as stored -> (h, w, 3) float32 in [0, 1]; None if it is grey."""
+    if stored.ndim == 3:
+        return stored / np.float32(2**ds.BitsStored - 1)
     if ds.PhotometricInterpretation == "PALETTE COLOR":
-        return apply_palette(ds, stored)
-    return stored / np.float32((1 << ds.BitsStored) - 1)
+        try:
+            return apply_palette(ds, stored)
+        except MALFORMED:
+            notes.add("palette cannot be read: shown grey")
+    return None
 
 
 def pixel_spacing(ds):
     """Distance from row to row and from column to column, in any unit: only their ratio counts."""
     for tag in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
-        spacing = numbers_of(per_frame(ds, 0, tag, ()))
+        spacing = numbers_of(per_frame(ds, 0, tag))
         if len(spacing) == 2 and 0 < min(spacing) <= max(spacing) < np.inf:
             return spacing
     return 1.0, 1.0
@@ -1581,14 +1759,10 @@ def read_dicom(paths, sample, count, seed):
         if frame not in stored:
             stored[frame] = pixel_array(ds, index=frame)  # (h, w) or (h, w, 3)
 
-    # All grey frames are scaled together.
-    is_colour = ds.PhotometricInterpretation == "PALETTE COLOR" or stored[chosen[0]].ndim == 3
-    if is_colour:
-        planes = [read_colour(ds, pixels) for pixels in stored.values()]
-    else:
-        grey = [grey_frame(ds, frame, pixels, notes) for frame, pixels in stored.items()]
-        planes = display_values(ds, grey, sample.modality, notes)
-    shown = dict(zip(stored, planes))
+    # All frames of a file are of colour, or all are grey and are scaled together.
+    shown = {frame: colour_frame(ds, pixels, notes) for frame, pixels in stored.items()}
+    if shown[chosen[0]] is None:
+        shown = display(ds, stored, sample.modality, notes)
     planes = [shown[frame] for frame in chosen]
     return Frames(planes, ds.BitsStored > 8, pixel_spacing(ds), tuple(notes))
 
@@ -1615,25 +1789,28 @@ def load_planes(path, slices, modality, notes):
     planes = []
     for one in slices:
         pixels = stored[one.frame]
-        try:
-            slope, intercept = rescale_of(ds, one.frame)
-        except MALFORMED as error:
-            raise Rejected("rescale cannot be read", f"{Path(path).name}, {error}") from error
+        slope, intercept = rescale_of(ds, one.frame)
         scale = (-slope, -intercept) if inverted else (slope, intercept)
         planes.append(Plane(one, pixels, padding_mask(ds, pixels), scale))
     return planes, says_hounsfield(ds)
 
 
 def drop_copies(planes, notes):
-    """Keep the first of equal planes at one place. Rejected if they differ: a wrong anatomy."""
+    """Planes, one at each place, in order. Rejected if two of one place differ: a wrong anatomy.
+
+    choose_pass has taken one pass, so the others can only be copies. One frame of one
+    SOPInstanceUID is one without a look: compression may have changed it.
+    """
     of_slice = {plane.header: plane for plane in planes}
     kept = []
     for place in group_by_place(list(of_slice)):
         first, *others = [of_slice[one] for one in place]
         for other in others:
-            if not np.array_equal(first.pixels, other.pixels):
+            is_same_file = first.header.uid != "" and first.header.uid == other.header.uid
+            is_same_frame = is_same_file and first.header.frame == other.header.frame
+            if not is_same_frame and not np.array_equal(first.pixels, other.pixels):
                 raise Rejected("two different slices at one position")
-            notes.add("duplicate slices dropped")
+            notes.add(COPIES)
         kept.append(first)
     return kept
 
@@ -1642,15 +1819,23 @@ def fill_padding(planes, modality):
     """Planes whose padding has the darkest value of the volume, so that it is background."""
     if not any(plane.padding.any() for plane in planes):
         return planes
+
     # A slice may be padding from edge to edge: the background is that of all slices.
-    valid = [plane.pixels[~plane.padding] for plane in planes if not plane.padding.all()]
-    if not valid:
+    lowest = []
+    highest = []
+    for plane in planes:
+        valid = plane.pixels[~plane.padding]  # (n,)
+        if valid.size:
+            lowest.append(int(valid.min()))
+            highest.append(int(valid.max()))
+    if not lowest:
         return planes
-    darkest = min(int(pixels.min()) for pixels in valid)
+    darkest = min(lowest)
     if modality == "ct":
         darkest = min(darkest, 0)  # a crop of the body may hold no air, which is at 0 or below
     if planes[0].scale[0] < 0:  # black and white are exchanged
-        darkest = max(int(pixels.max()) for pixels in valid)
+        darkest = max(highest)
+
     filled = []
     for plane in planes:
         pixels = np.where(plane.padding, np.array(darkest, plane.pixels.dtype), plane.pixels)
@@ -1660,8 +1845,7 @@ def fill_padding(planes, modality):
 
 def check_gaps(slices):
     """Rejected if a slice is missing between others: distances differ by a twentieth and .1 mm."""
-    positions = [position_along_normal(one, slices[0].direction) for one in slices]
-    gaps = np.diff(positions)  # mm
+    gaps = np.diff(positions_along_normal(slices))  # (n - 1,) mm
     usual = np.median(gaps)
     worst = np.abs(gaps - usual).argmax()
     if abs(gaps[worst] - usual) > max(0.05 * usual, 0.1):
@@ -1695,6 +1879,9 @@ def read_series(paths, sample, count, seed):
     planes = []
     said = set()
     for file, path in zip(sample.files, paths):
+        if file not in wanted:
+            notes.add(COPIES)
+            continue
         found, hounsfield = load_planes(path, wanted[file], sample.modality, notes)
         planes += found
         said.add(hounsfield)
@@ -1729,15 +1916,20 @@ LEAST_FAT = 0.001  # CHOICE: of all voxels
 MASK_VALUES = 16
 
 
-def normalize_percentiles(x, valid=None):
-    """Values of any shape -> float32: the 0.5 and 99.5 percentile (of valid ones) become 0 and 1.
+def percentile_range(values):
+    """What becomes black and white: the 0.5 and the 99.5 percentile of values of any shape.
 
     CHOICE: the paper asks for [0, 1] and does not say how; nnU-Net clips CT by these percentiles.
     """
-    values = x if valid is None else x[valid]
     if values.size == 0:
-        return np.zeros(x.shape, np.float32)
+        return 0.0, 1.0
     low, high = np.percentile(values, (0.5, 99.5))
+    return low, high
+
+
+def normalize_percentiles(x):
+    """Values of any shape -> float32: their percentile_range becomes [0, 1]."""
+    low, high = percentile_range(x)
     if high == low:
         return np.zeros(x.shape, np.float32)
     return np.clip((x - low) / (high - low), 0, 1).astype(np.float32)

@@ -141,7 +141,10 @@ def lut(descriptor, data, vr="OW"):
 
 # Where an enhanced file keeps what differs between its frames.
 MACROS = {"ImagePositionPatient": "PlanePositionSequence", "DiffusionBValue": "MRDiffusionSequence",
-          "EffectiveEchoTime": "MREchoSequence", "RescaleSlope": "PixelValueTransformationSequence",
+          "ImageOrientationPatient": "PlaneOrientationSequence", "EffectiveEchoTime": "MREchoSequence",
+          "TemporalPositionIndex": "FrameContentSequence", "RescaleType": "PixelValueTransformationSequence",
+          "NominalCardiacTriggerDelayTime": "CardiacSynchronizationSequence",
+          "RescaleSlope": "PixelValueTransformationSequence",
           "RescaleIntercept": "PixelValueTransformationSequence"}
 
 

@@ -12,7 +12,10 @@ import pytest
 from conftest import (SPOT, cut, dicom, enhanced, load, nifti, phantom, png, prepare_main, series,
                       video)
 from PIL import Image
-from pydicom.uid import generate_uid
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
+from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, JPEGLSLossless,
+                         RLELossless, generate_uid)
 
 import prepare
 from prepare import UserError, read_any
@@ -235,6 +238,12 @@ def mr(folder, voxels, change=None, prefix="", **options):
     return folder
 
 
+def set_raw(ds, keyword, vr, text):
+    """A value as some programs write it, and pydicom would not."""
+    tag = Tag(keyword)
+    ds[tag] = RawDataElement(tag, vr, len(text), text, 0, False, True)
+
+
 def sole(kept):
     """The array of the one sample."""
     [row] = kept.values()
@@ -256,24 +265,42 @@ def test_acquisitions_that_follow_each_other_are_one_volume(tmp_path, monkeypatc
     assert np.array_equal(sole(kept), want) and not rejected
 
 
-@pytest.mark.parametrize("acquisitions, largest", [(2, 9), (3, 7)])
-def test_a_part_of_a_series_is_never_the_volume(tmp_path, monkeypatch, acquisitions, largest):
-    """Pieces that overlap by a slice of other pixels: which one is right at that place?"""
+@pytest.mark.parametrize("tag, is_joined", [("AcquisitionNumber", True), ("EchoTime", False)])
+def test_acquisitions_that_meet_at_one_place_are_joined_and_echoes_are_not(
+        tmp_path, monkeypatch, tag, is_joined):
+    """A head in two scans, with one slice of both. Two echoes, half a head each, are no head."""
+    hu, _ = phantom()
+    both = np.where(np.arange(16) > 8, hu + 3, hu)
+    want = read_any(mr(tmp_path / "whole", both), **SMALL)[1]
+    mr(tmp_path / "data", hu, lambda ds, n: ds.update({tag: 1, "InstanceNumber": n}), "a",
+       uid="1.2.3", skip=range(9, 16))
+    mr(tmp_path / "data", hu + 3, lambda ds, n: ds.update({tag: 2, "InstanceNumber": 9 + n}), "b",
+       uid="1.2.3", skip=range(8))
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *SMALLER,
+                                  code=int(not is_joined))
+    if is_joined:
+        assert np.array_equal(sole(kept), want) and len(rejected) == 1
+    else:
+        reason = "no pass covers the 16 places of this series, the largest 9"
+        assert len(rejected) == 17 and all(why.startswith(reason) for why in rejected.values())
+
+
+def test_a_part_of_a_series_is_never_the_volume(tmp_path, monkeypatch):
+    """Acquisitions that share a place but do not meet there: which slice is right at that place?"""
     hu, _ = phantom()
 
     def change(ds, n):
-        ds.AcquisitionNumber = 1 + n * acquisitions // 16
-
-    mr(tmp_path / "data", hu, change, uid="1.2.3")
+        ds.AcquisitionNumber = 1 + n * 3 // 16
 
     def again(ds, n):
         ds.AcquisitionNumber = 1
 
+    mr(tmp_path / "data", hu, change, uid="1.2.3")
     mr(tmp_path / "data", hu + 3, again, "x", uid="1.2.3", skip=set(range(16)) - {8})
     kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *SMALLER,
                                   code=1)
     assert not kept and len(rejected) == 17
-    reason = f"no pass covers the 16 places of this series, the largest {largest}"
+    reason = "no pass covers the 16 places of this series, the largest 7"
     assert all(why.startswith(reason) for why in rejected.values())
 
 
@@ -385,6 +412,138 @@ def test_a_series_of_which_every_pass_lacks_a_slice_is_refused_with_the_count(
     assert all(why.startswith(reason) for why in rejected.values())
 
 
+@pytest.mark.parametrize("first, second", [
+    ({"EchoTime": "9.5"}, {"EchoTime": "14"}), ({}, {"DiffusionBValue": 1000.0}),
+    ({"ImageType": ["ORIGINAL", "PRIMARY"]}, {"ImageType": ["DERIVED", "SECONDARY"]})], ids=str)
+def test_the_first_pass_has_the_lower_number_or_for_words_the_lower_instances(
+        tmp_path, monkeypatch, first, second):
+    hu, _ = phantom()
+    want = read_any(mr(tmp_path / "first", hu), **SMALL)[1]
+    mr(tmp_path / "data", hu, lambda ds, n: ds.update({"InstanceNumber": 1 + n, **first}), "z",
+       uid="1.2.3")
+    mr(tmp_path / "data", hu // 2, lambda ds, n: ds.update({"InstanceNumber": 99 + n, **second}),
+       "b", uid="1.2.3")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *SMALLER)
+    assert np.array_equal(sole(kept), want) and len(rejected) == 16
+
+
+def test_two_echoes_in_three_phases_are_six_passes(tmp_path, monkeypatch):
+    hu, _ = phantom()
+    want = read_any(mr(tmp_path / "first", hu), **SMALL)[1]
+    for echo in (5, 2):
+        for phase in (3, 1, 2):
+            tags = {"EchoTime": str(echo), "TemporalPositionIdentifier": str(phase)}
+            mr(tmp_path / "data", hu // (echo * phase - 1), lambda ds, n: ds.update(tags),
+               f"e{echo}p{phase}", uid="1.2.3")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *SMALLER)
+    assert np.array_equal(sole(kept), want) and len(rejected) == 5 * 16
+
+
+def test_a_cine_that_lacks_a_file_is_refused(tmp_path, monkeypatch):
+    """Of the times at its place none says which phase is gone."""
+    for time in range(4):
+        mr(tmp_path / "data", phantom()[0] // (time + 1),
+           lambda ds, n: by_times_of_its_own(ds, n, time), "abcd"[time], uid="1.2.3")
+    (tmp_path / "data/cIM0003").unlink()
+    _, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *SMALLER, code=1)
+    reason = "no pass covers the 16 places of this series, the largest 1"
+    assert len(rejected) == 63 and all(why.startswith(reason) for why in rejected.values())
+
+
+def test_one_file_under_two_names_is_one_slice(tmp_path, monkeypatch):
+    """A whole series that was sent twice; one of its slices, the second time, compressed with loss."""
+    hu, _ = phantom()
+    data = mr(tmp_path / "data", hu)
+    want = read_any(data, **SMALL)[1]
+    for path in list(data.iterdir()):
+        shutil.copy(path, data / f"x{path.name}")
+    ds = pydicom.dcmread(data / "IM0004")
+    ds.PixelData = (ds.pixel_array + 1).tobytes()
+    ds.save_as(data / "xIM0004")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, *SMALLER)
+    assert np.array_equal(sole(kept), want) and not rejected
+    assert "IM0000,duplicate slices dropped" in (tmp_path / "cache/x/sources.csv").read_text()
+
+
+@pytest.mark.parametrize("copies", [1, 12])
+def test_a_slice_that_differs_in_no_pixel_is_a_copy(tmp_path, monkeypatch, copies):
+    """Under a new UID; one of another time, too, where each slice has its own."""
+    hu, _ = phantom()
+    data = mr(tmp_path / "data", hu, lambda ds, n: ds.update({"ContentTime": f"1201{n:02d}"}))
+    want = read_any(data, **SMALL)[1]
+    for path in sorted(data.iterdir())[:copies]:
+        ds = pydicom.dcmread(path)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        if copies == 1:
+            ds.ContentTime = "190000"
+        ds.save_as(data / f"x{path.name}")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, *SMALLER)
+    assert np.array_equal(sole(kept), want) and not rejected
+
+    ds.PixelData = bytes(len(ds.PixelData))
+    ds.save_as(data / f"x{path.name}")
+    _, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, *SMALLER, code=1)
+    assert set(rejected.values()) == {"two different slices at one position"}
+
+
+def test_what_no_tag_tells_from_a_kept_slice_is_not_called_another_echo(tmp_path, monkeypatch):
+    for prefix in "ab":
+        mr(tmp_path / "data", phantom()[0], lambda ds, n: ds.update({"SOPInstanceUID": generate_uid()}),
+           prefix, uid="1.2.3")
+    _, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *SMALLER)
+    assert len(rejected) == 16 and set(rejected.values()) == {prepare.NOT_TOLD_APART}
+    assert "a copy" in prepare.NOT_TOLD_APART
+
+
+@pytest.mark.parametrize("position", [b"", b"0\\0 ", b"nan\\0\\0 ", b"here"])
+def test_a_slice_without_a_place_costs_only_itself(tmp_path, monkeypatch, position):
+    """A dose report or a saved screen lies in many series."""
+    data = mr(tmp_path / "data", phantom()[0])
+    want = read_any(data, **SMALL)[1]
+    ds = pydicom.dcmread(data / "IM0004")
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    set_raw(ds, "ImagePositionPatient", "DS", position)
+    ds.save_as(data / "report")
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", data, *SMALLER)
+    assert np.array_equal(sole(kept), want)
+    assert list(rejected) == ["report"] and "ImagePositionPatient" in rejected["report"]
+
+
+def test_decimal_commas_and_fractional_instance_numbers_of_a_series_are_read(tmp_path):
+    def spoil(ds, n):
+        set_raw(ds, "PixelSpacing", "DS", b"2,5\\2,0 ")
+        set_raw(ds, "EchoTime", "DS", b"2,5 ")
+        set_raw(ds, "RescaleIntercept", "DS", b"-1024,0 ")
+        set_raw(ds, "InstanceNumber", "IS", b"%d.5 " % n)
+
+    hu, _ = phantom()
+    want = read_any(mr(tmp_path / "right", hu), **SMALL)[1]
+    assert np.array_equal(read_any(mr(tmp_path / "data", hu, spoil), **SMALL)[1], want)
+
+
+SYNTAXES = (ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless, JPEGLSLossless)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda syntax: syntax.name)
+def test_a_series_with_padding_is_the_same_in_every_transfer_syntax(tmp_path, syntax):
+    hu, affine = phantom()
+    padded = np.where(np.arange(20)[:, None] < 4, -2000, hu + 1100)
+    options = {"modality": "MR", "intercept": 0.0, "PixelPaddingValue": -2000}
+    want = read_any(series(tmp_path / "plain", padded, affine, **options), **SMALL)[1]
+    if syntax == ExplicitVRBigEndian:
+        options["syntax"] = syntax
+    folder = series(tmp_path / "encoded", padded, affine, **options)
+    if syntax != ExplicitVRBigEndian:
+        for path in folder.iterdir():
+            ds = pydicom.dcmread(path)
+            if syntax.is_encapsulated:
+                ds.compress(syntax)
+            ds.file_meta.TransferSyntaxUID = syntax
+            ds.save_as(path)
+    assert pydicom.dcmread(folder / "IM0000").file_meta.TransferSyntaxUID == syntax
+    assert np.array_equal(read_any(folder, **SMALL)[1], want)
+
+
 def test_two_fields_of_view_in_one_series_are_two_volumes(tmp_path, monkeypatch):
     hu, _ = phantom()
     half = {"PixelSpacing": [1.25, 1.0]}
@@ -446,6 +605,64 @@ def test_of_two_enhanced_files_with_a_pass_each_the_first_pass_is_kept(tmp_path,
     assert np.array_equal(sole(kept), want) and rejected == {"1.dcm": prepare.ANOTHER_PASS}
 
 
+TELL = {
+    "b-values": lambda k, n: {"DiffusionBValue": 1000.0 * n},
+    "echoes": lambda k, n: {"EffectiveEchoTime": 2.5 + n},
+    "phases": lambda k, n: {"TemporalPositionIndex": n + 1},
+    "times of their own": lambda k, n: {"NominalCardiacTriggerDelayTime": 40 * n + 0.3 * k},
+    "nothing": lambda k, n: {}}
+
+
+def enhanced_passes(tmp_path, tell, frames):
+    """An enhanced file of frames (k, n): the k-th file of a series in its n-th pass."""
+    passes = []
+    for n in range(3):
+        passes.append(sorted(mr(tmp_path / f"pass{n}", phantom()[0] // (n + 1), uid="1.2.3").iterdir()))
+    files = [passes[n][k] for k, n in frames]
+    return enhanced(tmp_path / "c/e.dcm", files, [TELL[tell](k, n) for k, n in frames])
+
+
+@pytest.mark.parametrize("order", ["pass by pass", "place by place", "shuffled"])
+@pytest.mark.parametrize("tell", TELL)
+def test_of_three_passes_in_an_enhanced_file_the_first_is_kept_in_any_order(tmp_path, tell, order):
+    frames = [(k, n) for n in range(3) for k in range(16)]
+    if order == "shuffled" and tell != "nothing":
+        frames = np.random.default_rng(0).permutation(frames).tolist()
+    if order == "place by place":
+        frames.sort()
+    path = enhanced_passes(tmp_path, tell, frames)
+    want = read_any(tmp_path / "pass0", **SMALL)[1]
+    assert np.array_equal(read_any(path, **SMALL)[1], want)
+
+
+def test_an_enhanced_file_whose_passes_all_lack_a_frame_is_refused_with_the_count(tmp_path):
+    frames = [(k, 0) for k in range(14)] + [(k, 1) for k in range(2, 16)]
+    path = enhanced_passes(tmp_path, "echoes", frames)
+    with pytest.raises(UserError, match="no pass covers the 16 places of this series, the largest 14"):
+        read_any(path)
+
+
+def test_two_different_frames_of_one_place_that_no_tag_tells_apart_are_refused(tmp_path):
+    path = enhanced_passes(tmp_path, "nothing", [*((k, 0) for k in range(16)), (5, 1)])
+    with pytest.raises(UserError, match="two different slices at one position"):
+        read_any(path)
+
+
+def test_scouts_inside_an_enhanced_file_are_left_out(tmp_path):
+    files = sorted(mr(tmp_path / "a", phantom()[0]).iterdir())
+    want = read_any(tmp_path / "a", **SMALL)[1]
+    scout = {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}
+    path = enhanced(tmp_path / "c/e.dcm", files[:3] + files, [scout] * 3 + [{}] * 16)
+    assert np.array_equal(read_any(path, **SMALL)[1], want)
+
+
+def test_an_iodine_map_in_an_enhanced_file_is_stretched_and_noted(tmp_path, monkeypatch):
+    files = sorted(series(tmp_path / "a", *phantom()).iterdir())
+    enhanced(tmp_path / "data/e.dcm", files, [{"RescaleType": "MGML", "RescaleSlope": 0.01}] * 16, "CT")
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", *SMALLER)
+    assert sole(kept).max() == 1 and prepare.NOT_HU in (tmp_path / "cache/x/sources.csv").read_text()
+
+
 # ---- reasons that are true -----------------------------------------------------------------------
 @pytest.mark.parametrize("allow_2d", [False, True])
 def test_a_colour_map_is_called_one(tmp_path, monkeypatch, allow_2d):
@@ -460,6 +677,16 @@ def test_a_colour_map_is_called_one(tmp_path, monkeypatch, allow_2d):
                                   code=int(not allow_2d))
     assert (len(kept), len(rejected)) == ((16, 0) if allow_2d else (0, 16))
     assert all("a colour map" in why for why in rejected.values())
+
+
+def test_slices_with_a_palette_are_a_colour_map_too(tmp_path, monkeypatch):
+    tags = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour in ("Red", "Green", "Blue"):
+        tags[f"{colour}PaletteColorLookupTableDescriptor"] = [4096, 0, 16]
+        tags[f"{colour}PaletteColorLookupTableData"] = (np.arange(4096) * 16).astype("<u2").tobytes()
+    mr(tmp_path / "data", phantom()[0], **tags)
+    _, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", code=1)
+    assert len(rejected) == 16 and all("a colour map" in why for why in rejected.values())
 
 
 def test_a_map_of_floating_point_pixels_is_named_as_such(tmp_path, monkeypatch):
@@ -480,7 +707,7 @@ def test_many_slices_of_one_place_are_counted_as_such(tmp_path, monkeypatch):
     mr(tmp_path / "data", phantom()[0], lambda ds, n: ds.update(place))
     _, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", code=1)
     assert len(rejected) == 16
-    assert all(why.startswith("16 slices at 1 place") for why in rejected.values())
+    assert all(why.startswith("16 slices at one place of") for why in rejected.values())
 
 
 def test_a_slice_of_a_pass_that_was_left_out_says_why_as_a_query(tmp_path):

@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -387,6 +388,42 @@ def test_a_window_that_shows_nothing_is_not_used(tmp_path, window):
     assert np.abs(x - stretched(framed)).max() < 1e-3
 
 
+def test_a_window_that_is_not_used_is_noted(tmp_path, monkeypatch):
+    dicom(tmp_path / "data/a.dcm", RAMP, "DX", **DEPTH, WindowCenter="90000", WindowWidth="100")
+    prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data")
+    assert read_notes(tmp_path) == {"a.dcm": "window shows nearly nothing: not used"}
+
+
+def test_a_broken_voi_lut_leaves_the_window_beside_it(tmp_path):
+    window = {"WindowCenter": "2048", "WindowWidth": "1024"}
+    x = show(tmp_path / "a.dcm", VOILUTSequence=Sequence([item(LUTExplanation="empty")]), **window)
+    assert np.array_equal(x, show(tmp_path / "b.dcm", **window))
+
+
+def test_a_window_of_width_one_is_a_threshold():
+    """PS3.3 C.11.2.1.2.1."""
+    values = np.float32([-1, 9.4, 9.5, 9.6, 11])
+    assert prepare.apply_window(values, 10, 1, "LINEAR").tolist() == [0, 0, 0, 1, 1]
+
+
+def test_floating_point_pixels_without_a_value_are_black(tmp_path):
+    values = RAMP.astype("<f4")
+    values[:4] = np.nan
+    ds = pydicom.dcmread(dicom(tmp_path / "a.dcm", RAMP, "DX"))
+    ds.BitsAllocated = ds.BitsStored = 32
+    ds.HighBit = 31
+    ds.FloatPixelData = values.tobytes()
+    del ds.PixelData
+    ds.save_as(tmp_path / "a.dcm")
+    x = read_any(tmp_path / "a.dcm", size=64)[1][0, :, :, 0]
+    assert (x[:4] == 0).all() and np.abs(x[4:] - stretched(RAMP[4:])).max() < 1e-3
+
+
+def test_a_slope_of_zero_costs_no_image(tmp_path):
+    x = show(tmp_path / "a.dcm", RescaleSlope="0", RescaleIntercept="5")
+    assert np.abs(x - stretched(RAMP)).max() < 1e-3
+
+
 def write_raw(path, **tags):
     """Put bytes that pydicom would not write into decimal strings of a file."""
     ds = pydicom.dcmread(path)
@@ -454,6 +491,36 @@ def test_all_frames_of_a_file_share_one_stretch(tmp_path, kind):
     if is_inverse:
         want = 1 - want
     assert np.abs(x - want.transpose(1, 2, 0)).max() < 2e-3
+
+
+def test_long_clips_are_displayed_frame_by_frame(tmp_path, monkeypatch):
+    """Tomosynthesis: every step from file to screen of all frames at once would fill the memory."""
+    frames = np.random.default_rng(0).integers(0, 4096, (16, 128, 128), np.uint16)
+    ds = pydicom.dcmread(dicom(tmp_path / "a.dcm", frames, "DX", **DEPTH))
+    stored = dict(enumerate(frames))
+    exact = prepare.display(ds, stored, "xray", set())
+    monkeypatch.setattr(prepare, "MOST_ASKED", 10_000)
+    tracemalloc.start()
+    shown = prepare.display(ds, stored, "xray", set())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * sum(plane.nbytes for plane in shown.values())
+    assert max(np.abs(shown[n] - exact[n]).max() for n in range(16)) < 0.01, "some pixels are enough"
+
+
+def test_a_palette_of_more_than_256_entries_of_8_bits_does_not_begin_again(tmp_path):
+    tags = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour in ("Red", "Green", "Blue"):
+        tags[f"{colour}PaletteColorLookupTableDescriptor"] = [4096, 0, 8]
+        tags[f"{colour}PaletteColorLookupTableData"] = BYTES.tobytes()
+    x = show(tmp_path / "a.dcm", modality="US", **tags)
+    assert np.abs(x - RAMP // 16 / 255).max() < 1e-3
+
+
+def test_an_image_without_its_palette_is_grey(tmp_path):
+    grey = (RAMP // 16).astype(np.uint8)
+    x = show(tmp_path / "a.dcm", grey, "US", PhotometricInterpretation="PALETTE COLOR")
+    assert np.array_equal(x, grey)
 
 
 PALETTE = np.arange(256)
