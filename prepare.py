@@ -2354,7 +2354,7 @@ def read_recipe(folder):
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{folder}/recipe.json: missing or damaged; make the cache again"
         raise UserError(message) from error
-    if recipe.get("version") != VERSION:
+    if recipe.get("version", VERSION) != VERSION:
         raise UserError(f"{folder}: made by another version; delete the folder and prepare again")
     return recipe
 
