@@ -34,21 +34,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (PICTURE_FORMATS, ViT, load_encoder, normalize, pool, read_checkpoint,
-                   sample_kind, save_montage, stack, take_frames_evenly, unit, weights_sha256)
+from model import (FRAME_GREY, PICTURE_FORMATS, ViT, display_range, draw_tile, load_encoder,
+                   normalize, pool, read_checkpoint, sample_kind, save_montage, stack,
+                   take_frames_evenly, unit, weights_sha256)
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
 
-# A search multiplies blocks of so many rows, which bounds its memory.
+# A search multiplies blocks of this many rows, which bounds its memory.
 QUERY_BLOCK = 2048
 GALLERY_BLOCK = 8192
 
-# So many samples are embedded at a time. Every batch has this size, the last one is filled up: the
-# last digits of an embedding depend on the size of its batch, but not on what else is in it.
+# Samples in a batch. Every batch has this size, the last one is filled up, because the last digits
+# of an embedding depend on the size of its batch, but not on what else is in it.
 EMBED_BATCH = {"image": 16, "video": 4, "volume": 4}
 
 # What the meta of two files must have in common for their embeddings to be comparable.
@@ -180,28 +180,33 @@ def load_foreign_encoder(name, device):
     return embed, code_sha256
 
 
-def load_vit(meta, checkpoint, device):
-    """The encoder of a checkpoint, or an untrained one like it, as meta names it -> Embedder."""
+def load_vit(name, checkpoint, device):
+    """The encoder of a checkpoint ("m3ret"), or an untrained one like it ("random") -> Embedder."""
     state = read_checkpoint(checkpoint)
     network = load_encoder(checkpoint, device, state)
     # Nobody knows what it has seen if the file does not say, or if it began with a foreign network.
     seen_ids = state.get("ids")
     if not state.get("ids_known", True):
         seen_ids = None
-    if meta["encoder"] == "random":
-        torch.manual_seed(0)
-        network = ViT(**network.config).to(device).eval()
+    if name == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = ViT(**network.config).to(device).eval()
         seen_ids = []
 
     pooling = "avg" if network.cls_token is None else "mix"
-    meta["pool"] = pooling
-    meta["checkpoint"] = str(checkpoint)
-    meta["checkpoint_sha256"] = state["sha256"]
-    meta["weights_sha256"] = weights_sha256(network)
-    meta["flags"] = state.get("flags")
-    meta["step"] = state.get("step")
-    meta["total"] = state.get("total")  # steps of the whole run
-    meta["parameters"] = sum(p.numel() for p in network.parameters())
+    meta = {
+        "encoder": name,
+        "pool": pooling,
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": state["sha256"],
+        "weights_sha256": weights_sha256(network),
+        "code_sha256": "",  # known of a foreign encoder
+        "flags": state.get("flags"),
+        "step": state.get("step"),
+        "total": state.get("total"),  # steps of the whole run
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
 
     def embed(x):  # no augmentation; of longer videos 16 evenly spaced frames
         tokens = network(normalize(unit(take_frames_evenly(x))))  # (B, [1+]N, D)
@@ -219,19 +224,19 @@ def load_embedder(name, checkpoint=None, device="cpu"):
     device: where it will run, "cpu" or "cuda:0". Use it through `apply_encoder`, which checks.
     UserError: an unknown name; a checkpoint that is missing, superfluous, damaged or foreign.
     """
+    if name in ("m3ret", "random"):
+        if not checkpoint:
+            raise UserError(f"--encoder {name}: needs the --checkpoint of a run of train.py")
+        return load_vit(name, checkpoint, device)
+
+    if checkpoint:
+        raise UserError(f"--encoder {name}: has no use for a --checkpoint; leave it out")
     meta = {"encoder": name, "checkpoint": "", "checkpoint_sha256": "", "weights_sha256": "",
             "code_sha256": "", "pool": ""}
-    needs_checkpoint = name in ("m3ret", "random")
-    if needs_checkpoint and not checkpoint:
-        raise UserError(f"--encoder {name}: needs the --checkpoint of a run of train.py")
-    if checkpoint and not needs_checkpoint:
-        raise UserError(f"--encoder {name}: has no use for a --checkpoint; leave it out")
     if name == "pixels":
         return Embedder(pixels, meta, [])
-    if not needs_checkpoint:
-        embed, meta["code_sha256"] = load_foreign_encoder(name, device)
-        return Embedder(embed, meta, None)
-    return load_vit(meta, checkpoint, device)
+    embed, meta["code_sha256"] = load_foreign_encoder(name, device)
+    return Embedder(embed, meta, None)
 
 
 def apply_encoder(embedder, x, names=None, device="cpu"):
@@ -375,12 +380,16 @@ def find_difference(meta, other, keys):
 # ---- embedding a cache --------------------------------------------------------------------------
 class Kept(NamedTuple):
     """What of an earlier file goes into the new one."""
-    row_numbers: list
-    vectors: torch.Tensor  # (kept, D), of these rows
+    row_numbers: list  # of the samples that need no embedding
+    vectors: torch.Tensor  # (kept, D), their embeddings
     dropped: int  # ids of the earlier file that have no row any more
 
 
 NOTHING_KEPT = Kept([], torch.empty(0, 0), 0)
+
+
+class NothingToKeep(Exception):
+    """Says why all samples must be embedded, although the file is there."""
 
 
 def list_batches(rows, row_numbers):
@@ -435,13 +444,30 @@ def gather_rows(vectors, batches, rank, world):
             vectors[row_numbers] = part
 
 
-def find_unchanged(rows, file, written):
-    """Numbers of the rows that a file, written at that time (ns), holds and that are older."""
-    stored = set(file.ids)
+def read_earlier(out, rows, embedder):
+    """An existing file `out` -> EmbeddingFile. NothingToKeep unless of this encoder and cache."""
+    folder = rows[0]["folder"]
+    try:
+        file = read_npz(out)
+    except UserError as error:
+        raise NothingToKeep(str(error)) from None
+
+    meta = embedder.meta | {"sizes": read_sizes(folder)}
+    differs = find_difference(file.meta, meta, MUST_MATCH)
+    if differs:
+        raise NothingToKeep(f"{out} is of another encoder: its {differs} is missing or differs")
+    cache = file.meta.get("cache", "")
+    if os.path.realpath(cache) != os.path.realpath(folder):
+        raise NothingToKeep(f"{out} is of another cache ({cache})")
+    return file
+
+
+def find_unchanged(rows, ids, written):
+    """Numbers of the rows whose id is among ids and whose array is older than `written` (ns)."""
     row_numbers = []
     for i, row in enumerate(rows):
         array = Path(row["folder"], f"{row['id']}.npy")
-        if row["id"] not in stored or not array.exists():
+        if row["id"] not in ids or not array.exists():
             continue
         # An old array that was put in its place lately has an old mtime, but a new ctime.
         status = array.stat()
@@ -450,48 +476,38 @@ def find_unchanged(rows, file, written):
     return row_numbers
 
 
-def find_kept(rows, embedder, out, device):
-    """What of an existing file `out` may stay -> Kept. If nothing may, one line says why.
+def check_kept(kept, rows, embedder, device):
+    """Embed the first sample of each shape again. NothingToKeep unless its vector is the same.
 
-    The file must be of this encoder and cache. One sample of each shape is embedded again, because
-    a foreign encoder may have other weights by now, and another machine gives other digits.
+    A foreign encoder may have other weights by now, and another machine gives other digits.
     """
-    folder = rows[0]["folder"]
-    written = os.stat(out).st_mtime_ns  # before it is read: another run may replace it
-    try:
-        file = read_npz(out)
-    except UserError as error:
-        print(f"{error}; all samples are embedded anew")
-        return NOTHING_KEPT
-    differs = find_difference(file.meta, embedder.meta | {"sizes": read_sizes(folder)}, MUST_MATCH)
-    if differs:
-        print(f"{out} is of another encoder (it says no {differs}, or another): all samples are "
-              "embedded anew")
-        return NOTHING_KEPT
-    cache = file.meta.get("cache", "")
-    if os.path.realpath(cache) != os.path.realpath(folder):
-        print(f"{out} is of another cache ({cache}): all samples are embedded anew")
-        return NOTHING_KEPT
-
-    # The samples that have not changed since keep their embeddings.
-    row_numbers = find_unchanged(rows, file, written)
-    place = {name: i for i, name in enumerate(file.ids)}
-    places = [place[rows[i]["id"]] for i in row_numbers]
-    vectors = torch.from_numpy(file.vectors[places])  # (kept, D)
-    dropped = len(set(file.ids) - {row["id"] for row in rows})
-
-    # The first of each shape must come out the same.
-    first_of_shape = {}
-    for i, vector in zip(row_numbers, vectors):
-        first_of_shape.setdefault(rows[i]["shape"], (i, vector))
-    for i, vector in first_of_shape.values():
-        x = torch.from_numpy(load_sample(folder, rows[i]))[None]  # (1, C, H, W, S)
-        answer = embed_batch(x, [rows[i]], embedder, device)[0]  # (D,)
+    seen = set()
+    for i, vector in zip(kept.row_numbers, kept.vectors):
+        row = rows[i]
+        if row["shape"] in seen:
+            continue
+        seen.add(row["shape"])
+        x = torch.from_numpy(load_sample(row["folder"], row))[None]  # (1, C, H, W, S)
+        answer = embed_batch(x, [row], embedder, device)[0]  # (D,)
         if not torch.equal(answer, vector):
-            print(f"{out} is not what this encoder gives here and now (other weights, machine, "
-                  "torch or number of threads): all samples are embedded anew")
-            return NOTHING_KEPT
-    return Kept(row_numbers, vectors, dropped)
+            raise NothingToKeep("this encoder gives other vectors here and now (other weights, "
+                                "machine, torch or number of threads)")
+
+
+def find_kept(out, rows, embedder, device):
+    """What of an existing file `out` may stay -> Kept. NothingToKeep if nothing may."""
+    written = os.stat(out).st_mtime_ns  # before it is read: another run may replace it
+    file = read_earlier(out, rows, embedder)
+    number_in_file = {name: j for j, name in enumerate(file.ids)}
+
+    row_numbers = find_unchanged(rows, number_in_file, written)
+    numbers = [number_in_file[rows[i]["id"]] for i in row_numbers]
+    vectors = torch.from_numpy(file.vectors[numbers])  # (kept, D)
+    dropped = number_in_file.keys() - {row["id"] for row in rows}
+
+    kept = Kept(row_numbers, vectors, len(dropped))
+    check_kept(kept, rows, embedder, device)
+    return kept
 
 
 def embed_share(vectors, rows, batches, embedder, device, workers, quiet):
@@ -514,7 +530,10 @@ def plan_work(rows, embedder, out, device, rank, world):
     """What of `out` is kept (known to the first process), and the numbers of the rows to embed."""
     kept = NOTHING_KEPT
     if rank == 0 and os.path.exists(out):
-        kept = find_kept(rows, embedder, out, device)
+        try:
+            kept = find_kept(out, rows, embedder, device)
+        except NothingToKeep as reason:
+            print(f"{reason}: all samples are embedded anew")
     todo = sorted(set(range(len(rows))) - set(kept.row_numbers))
     if world > 1:
         message = [todo]
@@ -558,16 +577,11 @@ def embed_rows(rows, embedder, out, device="cpu", workers=2):
 
 
 # ---- search by file -----------------------------------------------------------------------------
-def picture(sample, caption, colour=(90, 90, 90), size=192):
-    """Sample (C, H, W, S) -> its middle slice, framed, and a caption below: (3, y, x) in [0, 1]."""
-    middle = torch.as_tensor(sample)[..., sample.shape[-1] // 2]  # (C, H, W)
-    grey_levels = (unit(middle).clamp(0, 1) * 255).byte().expand(3, -1, -1)  # (3, H, W)
-    image = Image.fromarray(grey_levels.permute(1, 2, 0).numpy())
-    tile = ImageOps.pad(image, (size, size))
-    tile = ImageOps.expand(tile, border=(6, 6, 6, 36), fill=colour)  # left, top, right, bottom
-    font = ImageFont.load_default(11)
-    ImageDraw.Draw(tile).text((8, size + 6), caption, fill="white", font=font)
-    return torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255  # (3, y, x)
+def picture(sample, modality, caption, colour=FRAME_GREY):
+    """Sample (C, H, W, S) -> its middle slice as a tile (3, y, x) in [0, 1], framed, captioned."""
+    sample = torch.as_tensor(sample)
+    middle = sample[..., sample.shape[-1] // 2]  # (C, H, W)
+    return draw_tile(middle, caption, display_range(sample, modality), colour=colour)
 
 
 class Query(NamedTuple):
@@ -601,7 +615,8 @@ def read_galleries(paths, caches):
         galleries.append(gallery)
         differs = find_difference(gallery.meta, galleries[0].meta, MUST_MATCH)
         if differs:
-            raise UserError(f"{path} says no {differs}, or another than {paths[0]}: embed again")
+            raise UserError(f"{path}: its {differs} is missing or differs from that of {paths[0]}: "
+                            "embed again")
 
         folder = os.path.realpath(gallery.rows[0]["folder"])
         own = {(folder, row["id"]) for row in gallery.rows}
@@ -644,7 +659,7 @@ def read_queries(paths, modality, likely, sizes, embedder, device):
     queries = []
     for path in paths:
         try:
-            shown, sample = read_any(path, modality, likely, **sizes)
+            found, sample = read_any(path, modality, likely, **sizes)
             vector = apply_encoder(embedder, sample[None], [path], device)[0]  # (D,)
         except (UserError, OSError) as error:
             reason = str(error)
@@ -652,7 +667,7 @@ def read_queries(paths, modality, likely, sizes, embedder, device):
                 reason = f"{path}: {reason}"
             print(f"embed.py: {reason}", file=sys.stderr)
         else:
-            queries.append(Query(path, vector, picture(sample, f"query ({shown})")))
+            queries.append(Query(path, vector, picture(sample, found, f"query ({found})")))
     return queries
 
 
@@ -686,7 +701,8 @@ def draw_hits(path, queries, scores, indices, rows):
         for rank, (score, i) in enumerate(zip(query_scores, query_indices), start=1):
             row = rows[i]
             caption = f"{rank}. {score:.3f} {row['modality']}\n{' | '.join(row['labels'])}"
-            tiles.append(picture(load_sample(row["folder"], row), caption))
+            sample = load_sample(row["folder"], row)
+            tiles.append(picture(sample, row["modality"], caption))
         for start in range(0, len(tiles), TILES_IN_A_ROW):
             lines.append(tiles[start:start + TILES_IN_A_ROW])
     save_montage(path, lines)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from embed import SAME_ENCODER, embed_rows, load_embedder, picture, read_embeddings, read_npz
-from model import as_user_error, save_montage
+from model import FRAME_GREY, as_user_error, save_montage
 from prepare import UserError, atomic_write, cli, load_sample, read_samples
 
 TOP_K = 10  # places of a list that MnR, MdR and P@10 look at
@@ -633,10 +633,11 @@ def retrieve(setting, query_x, gallery_x, exclude_same):
                               setting.relevance)
 
 
-def captioned(row, text, label_prefix, colour=(90, 90, 90)):
+def captioned(row, text, label_prefix, colour=FRAME_GREY):
     """A sample as a tile of a figure, with a line of text and its labels: (3, y, x) in [0, 1]."""
     caption = "\n".join([text, *labels_of(row, label_prefix)])
-    return picture(load_sample(row["folder"], row), caption, colour)
+    sample = load_sample(row["folder"], row)
+    return picture(sample, row["modality"], caption, colour)
 
 
 def draw_examples(path, settings, rankings):

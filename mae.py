@@ -1,9 +1,11 @@
-"""Masked autoencoding (paper Sec. 3.2): hide 75 % of the patches, encode the rest, predict those.
+"""Masked autoencoding (paper Sec. 3.2): hide 75 % of the patches and predict them from the rest.
 
 In:  x (B, C, H, W, S) normalised to [-1, 1], no augmentation.
-Out: the mean squared error on the hidden patches. `MAE.forward` is the method in four verbs: mask,
-     encode, decode, loss. The decoder is thrown away after pretraining; embeddings are the average
-     of the encoder's tokens.
+Out: the mean squared error on the hidden patches.
+
+`MAE.forward` is the method in four steps: mask, encode, decode, loss. The decoder is thrown away
+after pretraining; embeddings are the average of the encoder's tokens. Letters beside those of
+model.py: alpha is the share of hidden patches, d the decoder's width.
 
     python mae.py runs/mae/checkpoint.pt FILE --out recon.png   # original, masked, reconstruction
 """
@@ -13,9 +15,9 @@ import math
 import torch
 from torch import nn
 
-from model import (Block, ViT, as_user_error, denormalize, expand, init_weights, normalize,
-                   patchify, read_checkpoint, read_picture_flags, run_blocks, save_montage,
-                   sincos_positions, subsample_frames, unpatchify)
+from model import (Block, ViT, as_user_error, denormalize, draw_samples, expand, init_weights,
+                   normalize, parse_picture_arguments, patchify, read_checkpoint,
+                   read_sample_to_draw, run_blocks, sincos_positions, unpatchify)
 from prepare import UserError, cli
 
 
@@ -26,8 +28,9 @@ def gather_tokens(x, index):
 
 
 class MAE(nn.Module):
-    """An encoder without CLS token and a decoder of its own width; mask_ratio is the hidden share.
+    """An encoder without CLS token, and a decoder of another width.
 
+    mask_ratio: alpha of Sec. 3.2, the share of patches that is hidden.
     Encoder and decoder see a set of tokens, each with the position of its patch: their order means
     nothing. train.py calls `make_inputs`, `forward` and `after_step`, here and in SimDINO.
     """
@@ -95,8 +98,8 @@ class MAE(nn.Module):
 
     def decode(self, latent, visible, hidden, grid):
         """g_phi(f_theta(P_vis), P_mask) -> predicted pixels of hidden patches (B, alpha N, P)."""
-        # A hidden patch is a mask token.
-        latent = self.decoder_embed(latent)  # (B, (1-alpha)N, d), d the decoder's width
+        # Every hidden patch enters as the same learned mask token.
+        latent = self.decoder_embed(latent)  # (B, (1-alpha)N, d)
         masks = self.mask_token.to(latent.dtype)  # (1, 1, d)
         masks = masks.expand(len(latent), hidden.shape[1], -1)  # (B, alpha N, d)
         tokens = torch.cat([latent, masks], dim=1)  # (B, N, d), visible first
@@ -141,7 +144,10 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x, noise):
-        """Arguments of `forward` -> original, masked, filled in, each (B, 3, H, W, S) in [0, 1]."""
+        """Arguments of `forward` -> original, masked, filled in, each (B, 3, H, W, S) in [0, 1].
+
+        An image, of which the decoder predicts ps equal slices, comes back as their first.
+        """
         grid = self.encoder.grid(x.shape[2:])
         visible, hidden = self.mask(noise)
         prediction = self.decode(self.encode(x, visible), visible, hidden, grid)
@@ -155,8 +161,8 @@ class MAE(nn.Module):
 
         pictures = []
         for pixels in (patches, masked, filled):
-            picture = unpatchify(pixels, self.encoder.patch_size, grid)  # (B, 3, H, W, S)
-            pictures.append(denormalize(picture))
+            picture = unpatchify(pixels, self.encoder.patch_size, grid)  # (B, 3, H, W, s*ps)
+            pictures.append(denormalize(picture[..., :x.shape[-1]]))  # (B, 3, H, W, S)
         return pictures
 
 
@@ -174,19 +180,13 @@ def load_mae(path):
 def main():
     parser = argparse.ArgumentParser(description="Draw original, masked, reconstruction of a file.")
     parser.add_argument("checkpoint", help="runs/NAME/checkpoint.pt of train.py --ssl mae")
-    args, x = read_picture_flags(parser, "recon.png")  # (1, C, H, W, S)
+    args = parse_picture_arguments(parser, "recon.png")
+    x, shown = read_sample_to_draw(args)  # (1, C, H, W, S)
     model = load_mae(args.checkpoint)
     x, noise = model.make_inputs(x, torch.Generator().manual_seed(args.seed))
 
-    # One row a picture, its slices or frames from left to right; of an image, all in one row.
-    shown = min(x.shape[-1], 8)
-    rows = []
-    for picture in model.reconstruct(x, noise):
-        slices = subsample_frames(picture[0], shown)  # (3, H, W, shown)
-        rows.append(list(slices.unbind(-1)))
-    if x.shape[-1] == 1:
-        rows = [[row[0] for row in rows]]
-    save_montage(args.out, rows)
+    pictures = [picture[0] for picture in model.reconstruct(x, noise)]  # (3, H, W, S) each
+    draw_samples(args.out, pictures, ["original", "masked", "reconstruction"], shown)
 
     with torch.no_grad():
         loss, _ = model(x, noise)

@@ -5,9 +5,10 @@ In:  x (B, C, H, W, S), C in {1, 3}, intensities in [-1, 1]. S is 1 in an image,
      and crops do, by `sample_kind`.
 Out: tokens (B, [1+]N, D), where [1+] stands for a CLS token, and embeddings by `pool`.
 
-Letters, here and in every other file: B batch, C channels, H W S height, width, slices or frames of
-a sample; ph pw ps the same of a patch, P = ph*pw*ps*3 values; h w s patch grid, N = h*w*s tokens;
-D token width, d projected width; V views; K neighbours; m samples in a coding rate.
+Letters of shape comments, in every file: B batch, C channels; H, W, S height, width and slices (or
+frames) of a sample; ph, pw, ps the same of a patch, P = ph*pw*ps*3 its values; h, w, s the grid of
+patches, N = h*w*s tokens; D the width of tokens and embeddings; V views. A file that needs more
+letters says what they are.
 """
 import argparse
 import contextlib
@@ -21,11 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prepare import MODALITIES, UserError, atomic_write, read_any
+from prepare import HU_RANGE, MODALITIES, UserError, atomic_write, read_any
 
 
 class Arch(NamedTuple):
@@ -304,7 +305,7 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, self.dim))
 
     def grid(self, size):
-        """Patch grid (h, w, s) of a size (H, W, S); an image, S = 1, counts as one patch deep.
+        """Patch grid (h, w, s) of a size (H, W, S); a side of 1, as S of an image, is one patch.
 
         UserError if the patches do not fill the size.
         """
@@ -374,7 +375,7 @@ def pool(tokens, how, cls_token=True):
 @contextlib.contextmanager
 def as_user_error(
         path, problem="is damaged or not of this program: give a checkpoint.pt of train.py"):
-    """Inside, what a damaged file or a full disk can raise becomes a UserError that names path."""
+    """Inside, the errors of DAMAGED become a UserError that names path; OSErrors name it anyway."""
     try:
         yield
     except DAMAGED as error:
@@ -443,7 +444,10 @@ LEFT_OUT = ("pos_embed", "decoder", "mask_token", "head", "pre_logits", "dist_to
 LAYER_SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
 
 # MAE, DINO and SimDINO keep their flags (a Namespace) and rates (NumPy numbers) beside the weights.
-# Reading these types runs no code of the file. NumPy 1 and 2 have two names for one function.
+# Reading these types runs no code of the file.
+#
+# A pickled NumPy number names the function that makes it again. It is not public, but __reduce__
+# gives it first. NumPy 1 and 2 write two names for it, and both must be read.
 NUMPY_SCALAR, _ = np.float64(0).__reduce__()
 FOREIGN_TYPES = [
     argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
@@ -558,10 +562,58 @@ def init_from_2d(encoder, path):
 
 # ---- pictures ------------------------------------------------------------------------------------
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+TILE = 192  # pixels, the side of a tile in a picture
+FRAME_GREY = (90, 90, 90)
+
+# CT is drawn in the soft-tissue window of radiology, in which organs differ. The network sees the
+# whole HU_RANGE (Sec. 3.4).
+SOFT_TISSUE = (-160, 240)  # HU
 
 
-def read_picture_flags(parser, out):
-    """Flags of the scripts that draw one file -> args, and the file (1, C, H, W, S) in [0, 1]."""
+def display_range(sample, modality):
+    """The two values of a cached sample that a picture shows as black and as white."""
+    # The cache keeps CT as float16 of HU_RANGE, but for CT images of 8 bits, windowed long before.
+    if modality != "ct" or sample.dtype in (torch.uint8, np.uint8):
+        return 0.0, 1.0
+    low, high = HU_RANGE
+    black, white = SOFT_TISSUE
+    return (black - low) / (high - low), (white - low) / (high - low)
+
+
+def draw_tile(image, caption, shown=(0.0, 1.0), size=TILE, colour=FRAME_GREY):
+    """Image (C, H, W) in [0, 1] -> fitted into size x size, framed, captioned: (3, y, x) in [0, 1].
+
+    shown: from `display_range`. colour: of the frame, three numbers up to 255.
+    """
+    black, white = shown
+    levels = ((unit(image) - black) / (white - black)).clamp(0, 1)  # (C, H, W)
+    pixels = (levels * 255).byte().expand(3, -1, -1).permute(1, 2, 0)  # (H, W, 3)
+    tile = ImageOps.pad(Image.fromarray(pixels.numpy()), (size, size))
+    tile = ImageOps.expand(tile, border=(6, 6, 6, 36), fill=colour)  # left, top, right, bottom
+    font = ImageFont.load_default(11)
+    ImageDraw.Draw(tile).text((8, size + 6), caption, fill="white", font=font)
+    return torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255  # (3, y, x)
+
+
+def draw_samples(path, samples, captions, shown):
+    """Write samples, (C, H, W, S) in [0, 1] each, and their captions as one picture.
+
+    Images fill a sheet that is about square. Of videos and volumes each is a row of its slices.
+    """
+    rows = []
+    for sample, caption in zip(samples, captions):
+        slices = subsample_frames(sample, min(8, sample.shape[-1]))  # (C, H, W, up to 8)
+        rows.append([draw_tile(image, caption, shown) for image in slices.unbind(-1)])
+
+    if all(len(row) == 1 for row in rows):
+        tiles = [row[0] for row in rows]
+        columns = max(3, math.ceil(math.sqrt(len(tiles))))
+        rows = [tiles[start:start + columns] for start in range(0, len(tiles), columns)]
+    save_montage(path, rows)
+
+
+def parse_picture_arguments(parser, out):
+    """The flags that mae.py and simdino.py share, which draw one file -> args."""
     flag = parser.add_argument
     flag("file", help="a DICOM, NIfTI, image or video file, or the folder of a DICOM series")
     flag("--out", default=out, help=f"picture (default {out}); slices run from left to right")
@@ -569,10 +621,14 @@ def read_picture_flags(parser, out):
     flag("--size", type=int, choices=range(32, 1025, 32), default=256, metavar="N",
          help="longer side (256)")
     flag("--seed", type=int, default=0, help="of what is random: the mask, or the views")
-    args = parser.parse_args()
-    _, array = read_any(args.file, args.modality, size=args.size)  # (C, H, W, S)
+    return parser.parse_args()
+
+
+def read_sample_to_draw(args):
+    """The file of args -> a batch of this sample (1, C, H, W, S) in [0, 1], its display_range."""
+    modality, array = read_any(args.file, args.modality, size=args.size)  # (C, H, W, S)
     x = unit(torch.from_numpy(array)[None])  # (1, C, H, W, S)
-    return args, take_frames_evenly(x)
+    return take_frames_evenly(x), display_range(array, modality)
 
 
 def save_montage(path, rows, gap=4):

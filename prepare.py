@@ -24,6 +24,7 @@ The sections, in the order in which a file passes through them:
     command line         arguments, and main, which calls the others
 """
 import csv
+import dataclasses
 import gc
 import gzip
 import hashlib
@@ -46,7 +47,7 @@ import unicodedata
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict, deque
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -87,14 +88,12 @@ MIN_SLICES = 8
 # A run of fewer frames is no clip of Kvasir-Capsule (Appendix C).
 MIN_RUN = 16
 
-# What one sample may take of the machine, so that a broken file cannot hold up the run: processor
-# time, and one more second per MB of its files; on the clock so many times as long, since a busy
-# machine is no fault of the file; memory beyond that of the parent process; pixels of one image.
-SECONDS = 60
-PATIENCE = 10
-MEMORY = 6 * 2**30  # bytes
-PIXELS = 50_000_000
-# Decoders leak memory: after so many samples a child process gives way to a new one.
+# What one sample may take of the machine, so that a broken file cannot hold up the run.
+SECONDS = 60  # of processor time, and one more for each MB of its files
+PATIENCE = 10  # times as long on the clock: a busy machine is no fault of the file
+MEMORY = 6 * 2**30  # bytes, beyond those of the parent process
+PIXELS = 50_000_000  # of one image
+# Decoders leak memory: after this many samples a child process ends, and a new one takes its place.
 SAMPLES_PER_WORKER = 1000
 
 # The ids of public data are made with this key, and depend on the path below SOURCE alone.
@@ -662,7 +661,10 @@ def make_volume(slices, header_of, key, allow_2d):
         kept = choose_slices(list(originals.values()))
     except Rejected as error:
         if are_single and allow_2d:
-            images = [replace(header_of[path], kind="dicom", key="", slices=[]) for path in files]
+            images = []
+            for path in files:
+                header = header_of[path]
+                images.append(dataclasses.replace(header, kind="dicom", key="", slices=[]))
             return images, []
         hint = " (--allow-2d keeps each as an image)" if are_single else ""
         return [], [(path, error.reason + hint) for path in files]
@@ -670,7 +672,8 @@ def make_volume(slices, header_of, key, allow_2d):
     # Copies of what is read are files of the volume, too.
     read = set(kept)
     used = {one.file for one in slices if originals[one._replace(file="")] in read}
-    volume = replace(header_of[min(used)], files=sorted(used), slices=kept, key=key)
+    header = header_of[min(used)]
+    volume = dataclasses.replace(header, files=sorted(used), slices=kept, key=key)
 
     # The rest is another pass, as far as one can tell.
     like_kept = {one._replace(file="", uid="") for one in kept}
@@ -745,6 +748,8 @@ def why_not_read(path):
         return "no regular file"
     if status.st_size == 0:
         return "empty file"
+    if not os.access(path, os.R_OK):
+        return "no permission to read it"
     return ""
 
 
@@ -1197,7 +1202,7 @@ BITS_PER_SAMPLE = 258
 PHOTOMETRIC = 262  # 0: white is zero
 SAMPLE_FORMAT = 339  # 1: unsigned
 NOT_FINITE = "NaN or infinite values set to the background"
-# CHOICE: a clip that stops so early is damaged; frames may be missing inside.
+# CHOICE: a video that ends before this share of its declared length is damaged.
 LEAST_LENGTH = 0.9
 
 
@@ -1311,10 +1316,10 @@ def open_video(source):
 
 
 def measure_streams(source):
-    """-> number of the longest video stream, and how many of its packets hold a frame.
+    """Find the longest video stream -> its number, and how many of its packets hold a frame.
 
-    Nothing is decoded. What the file declares is not asked, since capture cards drop frames.
-    Rejected if the stream stops long before the end that the file declares.
+    Nothing is decoded. Frames are counted, since capture cards drop some of those that the file
+    declares. Rejected if the last one comes long before the end that the file declares.
     """
     with open_video(source) as video:
         streams = video._container.streams.video
@@ -1447,9 +1452,10 @@ def no_padding(shape):
 
 
 def padding_mask(ds, stored):
-    """Where pixels are padding, bool like `stored` (PS3.3 C.7.5.1.1.2): one value, or a range.
+    """Where pixels are padding, as bool of the shape of `stored` (PS3.3 C.7.5.1.1.2).
 
-    The tag may have a sign where the pixels have none, so the bits are compared: 63536 is -2000.
+    Padding is one value, or all from one value to another. A tag may have a sign where the pixels
+    have none, so bits are compared: of 16 bits 63536 is -2000.
     """
     if stored.dtype.kind == "f":
         return ~np.isfinite(stored)
@@ -2040,8 +2046,8 @@ def is_mask(voxels):
     return len(values) <= MASK_VALUES and bool((values == np.round(values)).all())
 
 
-def value_range(volume, modality, notes):
-    """What values are clipped to before averaging: HU_RANGE if they are HU, else nothing."""
+def clip_range(volume, modality, notes):
+    """The lowest and highest value of a volume that count: HU_RANGE of HU, else all numbers."""
     everything = (-np.inf, np.inf)
     if modality != "ct":
         return everything
@@ -2083,7 +2089,7 @@ def volume_to_array(volume, modality, size, slices, notes):
 
     HU are clipped to HU_RANGE before any averaging. Other values are stretched by percentiles.
     """
-    low, high = value_range(volume, modality, notes)
+    low, high = clip_range(volume, modality, notes)
     voxels, spacing = orient(volume.voxels, volume.affine)  # (S, H, W); mm along S, H, W
     if len(voxels) == 1:
         slices = 1
@@ -2325,10 +2331,10 @@ def read_key(path):
 
 
 def key_of_cache(key, name, own_files):
-    """The key of all ids and patients of a cache.
+    """The key that makes the ids and patients of a cache, from the user's key.
 
-    Equal paths in two caches of a user's own files are two samples. Ids of public data are the
-    same everywhere.
+    A user's own files have another key in each cache, by its name, so that equal paths in two
+    caches have two ids. Public data have one key, so that their ids are the same everywhere.
     """
     if not own_files:
         return key
@@ -2336,13 +2342,14 @@ def key_of_cache(key, name, own_files):
 
 
 def possible_ids(sample, key, own_files):
-    """{modality: id} of a sample, made of its key or of the path of its first file.
+    """{modality: id} of a sample: the id that it has, or would have, with each modality.
 
-    Of a user's own files the modality is part of it, so that another one makes another array.
+    An id is made of the sample's key, or of the path of its first file. Of a user's own files the
+    modality goes into it too, so that a sample of another modality gets another array.
     """
     what = sample.key or sample.files[0]
     if not own_files:
-        return {sample.modality: pseudonym(key, what)}
+        return {sample.modality: pseudonym(key, what)}  # its data set says what it is
     return {modality: pseudonym(key, f"{modality}\0{what}") for modality in MODALITIES}
 
 
@@ -2622,6 +2629,12 @@ def parse_arguments():
     if options.modality and options.modality not in MODALITIES:
         parser.error(f"--modality {options.modality} is not known: {ABOUT_MODALITIES}")
 
+    # The samples of a public data set are labelled by its own tables.
+    if options.labels and options.dataset not in ("folder", "ct_rate", "radgenome"):
+        parser.error(f"--labels has no use with {options.dataset}, which has its own")
+    if options.dataset != "folder" and (options.modality or options.allow_2d):
+        parser.error("--modality and --allow-2d go with folder only")
+
     if demo and options.source is None:
         options.source = "demo"
     if options.source is None:
@@ -2658,7 +2671,10 @@ def find_all(options):
     files, rejected = list_files(options.source)
     try:
         samples, left_out = DATASETS[options.dataset](options.source, files, options)
-    except (LookupError, ValueError) as error:
+    except (KeyError, ValueError) as error:
+        if options.own_files:
+            raise
+        # A table lacks a column, or has a word where a number belongs.
         raise UserError(f"{options.source}: not laid out as {options.dataset} is published "
                         f"({error!r})") from error
     rejected |= left_out

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model import (PATCH_SIZE, denormalize, expand, init_weights, normalize, read_picture_flags,
-                   sample_kind, save_montage, subsample_frames)
+from model import (PATCH_SIZE, denormalize, draw_samples, init_weights, normalize,
+                   parse_picture_arguments, read_sample_to_draw, sample_kind)
 from prepare import cli
 
 LOCAL_VIEWS_2D = 10  # Sec. 3.3, of images
@@ -173,6 +173,15 @@ def views_of_kind(x, kind, size, draws):
     return views
 
 
+def view_size(size, scale, patch_size):
+    """Size (H, W, S) of a sample -> (H', W', S') of a view: scale times it, in whole patches."""
+    sides = []
+    for n, p in zip(size, patch_size):
+        patches = int(n * scale / p + 0.5)  # the nearest whole number
+        sides.append(p * max(1, patches))
+    return sides
+
+
 def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=None):
     """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> V views, (B, C, H', W', S') in [-1, 1].
 
@@ -190,7 +199,7 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
     views = []
     for kind, own_draws in of_kind.items():
         scale = LOCAL_SIZE if kind == "local" else GLOBAL_SIZE
-        size = [max(1, int(n * scale / p + 0.5)) * p for n, p in zip(x.shape[2:], patch_size)]
+        size = view_size(x.shape[2:], scale, patch_size)
         same_kind = views_of_kind(x, kind, size, own_draws)  # (B, V, C, H', W', S')
         views += normalize(same_kind).unbind(1)  # Normalize last (Algorithm 1)
     return views
@@ -378,21 +387,18 @@ class SimDINO(nn.Module):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the SimDINO views of one file.")
-    args, x = read_picture_flags(parser, "views.png")  # (1, C, H, W, S)
+    args = parse_picture_arguments(parser, "views.png")
+    x, shown = read_sample_to_draw(args)  # (1, C, H, W, S)
     views = make_views(x, generator=torch.Generator().manual_seed(args.seed))
 
-    # One row a picture, its slices or frames from left to right; the sample itself comes first.
-    shown = min(x.shape[-1], 8)
-    rows = []
-    for picture in [normalize(x), *views]:
-        slices = subsample_frames(expand(picture)[0], shown)  # (3, H, W, shown)
-        rows.append(list(denormalize(slices).unbind(-1)))
-
-    # Of an image the sample and its global views make one row, the local views another.
-    if x.shape[-1] == 1:
-        tiles = [row[0] for row in rows]
-        rows = [tiles[:3], tiles[3:]]
-    save_montage(args.out, rows)
+    pictures = [x[0]]
+    captions = ["the sample"]
+    for number, view in enumerate(views, start=1):
+        pictures.append(denormalize(view[0]))  # (C, H', W', S')
+        size = " x ".join(map(str, view.shape[2:]))
+        name = f"global {number}" if number <= 2 else f"local {number - 2}"
+        captions.append(f"{name}: {size}")
+    draw_samples(args.out, pictures, captions, shown)
     print(f"{args.out}: the sample, then {len(views)} views: global 1, global 2, "
           f"{len(views) - 2} local")
 

@@ -726,7 +726,7 @@ def test_a_foreign_encoder_that_no_longer_answers_as_the_gallery_is_refused(two_
 
 
 def test_a_figure_has_a_query_a_row_at_most_six_tiles_wide(two_galleries, command):
-    tile = picture(np.zeros((1, 9, 9, 1), np.uint8), "")
+    tile = picture(np.zeros((1, 9, 9, 1), np.uint8), "xray", "")
     for files, top, rows, columns in ((2, 3, 2, 4), (1, 10, 2, 6), (2, 6, 4, 6)):
         command(embed, "--search", *(f"my_xray/{i}.png" for i in range(files)), "--modality", "xray",
                 "--top", top, "--gallery", "xray.npz", "ultrasound.npz", "--figure", "hits.jpg")
@@ -764,16 +764,16 @@ def test_galleries_that_do_not_belong_together_are_named(two_galleries, cache, c
     with pytest.raises(UserError, match="other.pt is not what made xray.npz"):
         command(embed, *search_xray, "--checkpoint", "other.pt")
     command(embed, "cache/ultrasound", "--checkpoint", "other.pt", "--out", "other.npz", "--workers", "0")
-    with pytest.raises(UserError, match="other.npz says no weights_sha256, or another"):
+    with pytest.raises(UserError, match="other.npz: its weights_sha256 is missing or differs"):
         command(embed, *search_xray, "other.npz")
     command(embed, cache, "--checkpoint", two_galleries, "--out", "small.npz", "--workers", "0")
-    with pytest.raises(UserError, match="small.npz says no sizes, or another"):
+    with pytest.raises(UserError, match="small.npz: its sizes is missing or differs"):
         command(embed, *search_xray, "small.npz")
     rows = read_samples("cache/xray")
     np.savez("foreign.npz", embeddings=np.ones((1, 384)), ids=[rows[0]["id"]],
              meta=json.dumps({"cache": "cache/xray"}))
     for galleries in (["foreign.npz"], ["xray.npz", "foreign.npz"]):
-        with pytest.raises(UserError, match="foreign.npz says no encoder"):
+        with pytest.raises(UserError, match="foreign.npz: its encoder is missing"):
             command(embed, "--search", "my_xray/4.png", "--modality", "xray", "--gallery", *galleries)
 
 
@@ -808,10 +808,24 @@ def test_any_file_of_a_series_stands_for_it(tmp_path, command, capsys):
     assert len(ids) == 2
 
 
-def test_picture_marks_and_scales():
-    tile = picture(torch.full((1, 10, 20, 1), 255, dtype=torch.uint8), "one\ntwo", (0, 255, 0), size=96)
-    assert tile.shape == (3, 96 + 42, 96 + 12) and tile[:, 0, 0].tolist() == [0, 1, 0]
-    assert tile[:, 30, 50].tolist() == [1, 1, 1]
+def test_a_picture_is_framed_in_its_colour_and_fitted_into_the_tile():
+    tile = picture(torch.full((1, 10, 20, 1), 255, dtype=torch.uint8), "xray", "one\ntwo", (0, 255, 0))
+    assert tile.shape == (3, 192 + 42, 192 + 12) and tile[:, 0, 0].tolist() == [0, 1, 0]
+    assert tile[:, 6 + 96, 6 + 96].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("hu, level", [(-1000, 0), (-160, 0), (40, 0.5), (240, 1), (1000, 1)])
+def test_pictures_show_ct_in_a_soft_tissue_window(hu, level):
+    sample = np.full((1, 8, 8, 1), (hu + 1000) / 2000, np.float16)
+    tile = picture(sample, "ct", "")
+    assert tile[:, 102, 102].tolist() == pytest.approx([level] * 3, abs=0.01)
+    assert picture(sample, "mri", "")[0, 102, 102] == pytest.approx((hu + 1000) / 2000, abs=0.01)
+
+
+def test_pictures_show_ct_of_8_bits_as_it_is():
+    """Such files hold what a screen showed, not HU."""
+    tile = picture(np.full((1, 8, 8, 1), 128, np.uint8), "ct", "")
+    assert tile[0, 102, 102] == pytest.approx(128 / 255, abs=0.01)
 
 
 @pytest.mark.parametrize("arguments, names", [

@@ -114,6 +114,12 @@ def test_reconstruction_pastes_what_is_visible():
     torch.testing.assert_close(filled[0, hidden[0]], (prediction[0] * 0.5 + 0.5).clamp(0, 1))
 
 
+def test_a_reconstructed_image_is_one_slice():
+    """The decoder predicts ps slices of it: the first is shown, as they stand for one."""
+    pictures = tiny().reconstruct(torch.zeros(1, 1, 64, 64, 1), torch.rand(1, 16))
+    assert [picture.shape for picture in pictures] == [(1, 3, 64, 64, 1)] * 3
+
+
 def test_it_learns():
     """Sixteen grey images of different brightness: soon the visible patches tell the hidden ones."""
     torch.manual_seed(0)
@@ -140,7 +146,7 @@ def test_picture_from_the_command_line(tmp_path, monkeypatch, capsys):
            "--modality", "xray"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in run])
     mae.main()
-    assert Image.open(tmp_path / "r.png").size == (3 * 64 + 2 * 4, 64)
+    assert Image.open(tmp_path / "r.png").size == (3 * (192 + 12) + 2 * 4, 192 + 6 + 36)  # one row, 192 pixels a tile
     assert "mean squared error" in capsys.readouterr().out
     (tmp_path / "c.pt").write_bytes(b"no")
     failed = subprocess.run([sys.executable, ROOT / run[0], *run[1:]], capture_output=True, text=True)

@@ -358,7 +358,10 @@ def test_picture_from_the_command_line(tmp_path, monkeypatch, capsys):
            "--modality", "ultrasound"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in run])
     simdino.main()
-    assert Image.open(tmp_path / "v.png").width >= 10 * 48 and "10 local" in capsys.readouterr().out
+    tile = 192 + 12 + 4, 192 + 6 + 36 + 4
+    size = Image.open(tmp_path / "v.png").size
+    assert size == (4 * tile[0] - 4, 4 * tile[1] - 4)  # the sample and 12 views: 4, 4, 4 and 1
+    assert "10 local" in capsys.readouterr().out
 
 
 def test_picture_of_a_file_that_is_not_there_or_of_a_wrong_size(monkeypatch, tmp_path):
@@ -371,7 +374,9 @@ def test_picture_of_a_file_that_is_not_there_or_of_a_wrong_size(monkeypatch, tmp
 
 
 def test_picture_of_a_volume_shows_at_most_eight_of_its_slices(tmp_path, monkeypatch):
-    sample = Namespace(out=tmp_path / "v.png", seed=0), torch.rand(1, 1, 64, 64, 32)
-    monkeypatch.setattr(simdino, "read_picture_flags", lambda parser, out: sample)
+    monkeypatch.setattr(simdino, "parse_picture_arguments", lambda *_: Namespace(out=tmp_path / "v.png", seed=0))
+    monkeypatch.setattr(simdino, "read_sample_to_draw", lambda args: (torch.rand(1, 1, 64, 64, 32), (0.0, 1.0)))
     simdino.main()
-    assert Image.open(tmp_path / "v.png").size == (8 * 64 + 7 * 4, 3 * 64 + 4 * 32 + 6 * 4)  # 1, 2 and 4 rows
+    tile = 192 + 12 + 4, 192 + 6 + 36 + 4
+    size = Image.open(tmp_path / "v.png").size
+    assert size == (8 * tile[0] - 4, 7 * tile[1] - 4)  # the sample, 2 global and 4 local views
