@@ -209,7 +209,9 @@ def load_vit(name, checkpoint, device):
     }
 
     def embed(x):  # no augmentation; of longer videos 16 evenly spaced frames
-        tokens = network(normalize(unit(take_frames_evenly(x))))  # (B, [1+]N, D)
+        x = normalize(unit(take_frames_evenly(x)))  # (B, C, H, W, S)
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+            tokens = network(x)  # (B, [1+]N, D)
         return pool(tokens, pooling, cls_token=network.cls_token is not None)  # (B, D) or (B, 2D)
     return Embedder(embed, meta, seen_ids)
 
@@ -263,7 +265,7 @@ def apply_encoder(embedder, x, names=None, device="cpu"):
         x = x.float()
 
     embed = embedder.embed if isinstance(embedder, Embedder) else embedder
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+    with torch.inference_mode():
         vectors = embed(x)  # (B, D)
 
     # The encoder may be anybody's, so what it gives is checked.

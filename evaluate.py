@@ -363,6 +363,32 @@ def comparable_vectors(queries, gallery):
     return q.float(), g.float()
 
 
+def labels_to_share(query_matrix, relevance):
+    """Labels of queries (m, L) -> how many a candidate must share to be relevant to each, (m,)."""
+    asked = query_matrix.sum(dim=1)  # (m,)
+    needed = asked if relevance == "all" else torch.ones(len(asked))  # (m,)
+    return torch.where(asked > 0, needed, torch.inf)  # (m,)
+
+
+def rank_block(scores, relevant, excluded):
+    """The first five entries of evaluate_retrieval, of b queries; all arguments are (b, n)."""
+    # What is excluded comes last and counts nowhere.
+    scores = scores.masked_fill(excluded, -torch.inf)
+    relevant = relevant & ~excluded
+
+    # topk brings equal scores in any order, which R@K, P@10, MnR and MdR then depend on: of an
+    # encoder that gives all samples one vector they are those of an arbitrary list.
+    n = scores.shape[1]
+    top = scores.topk(min(TOP_K, n), dim=1).indices  # (b, k)
+    return {
+        "top": top,
+        "hit": relevant.gather(1, top),  # (b, k)
+        "relevant": relevant.sum(dim=1, dtype=torch.int32),  # (b,)
+        "candidates": n - excluded.sum(dim=1, dtype=torch.int32),  # (b,)
+        "first": first_rank(scores, relevant),  # (b,)
+    }
+
+
 def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(), relevance="any"):
     """Rank the gallery for every query by cosine similarity (Sec. 4.1) -> dict of arrays.
 
@@ -375,42 +401,29 @@ def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(
     top (m, k): numbers of the best k = min(10, n) candidates; hit (m, k): which are relevant;
     relevant, candidates (m,): how many there are; first (m,): see first_rank; R@K (m,): is any of
     the first K relevant; P@10 (m,): relevant share of the list; MnR, MdR: mean_and_median_rank.
+
+    `first` needs the scores of all candidates, so that embed.search, which keeps a few, won't do.
     """
     q, g = comparable_vectors(queries, gallery)
-
-    # A candidate is relevant if it shares so many labels with the query.
     vocabulary = sorted(set().union(*query_labels))
     query_matrix = label_matrix(query_labels, vocabulary)  # (m, L)
     gallery_matrix = label_matrix(gallery_labels, vocabulary)  # (n, L)
-    labels_asked = query_matrix.sum(dim=1)  # (m,)
-    labels_needed = labels_asked if relevance == "all" else torch.ones(len(q))  # (m,)
-    labels_needed = torch.where(labels_asked > 0, labels_needed, torch.inf)
-
+    needed = labels_to_share(query_matrix, relevance)  # (m,)
     codes = [string_codes(*pair) for pair in exclude]
+
     blocks = []
     for rows in torch.arange(len(q)).split(QUERY_BLOCK):
         scores = q[rows] @ g.T  # (b, n)
         shared = count_shared_labels(query_matrix[rows], gallery_matrix)  # (b, n)
-        relevant = shared >= labels_needed[rows, None]  # (b, n)
-
-        # What is excluded comes last and counts nowhere.
+        relevant = shared >= needed[rows, None]  # (b, n)
         excluded = torch.zeros_like(relevant)  # (b, n)
         for query_codes, gallery_codes in codes:
             excluded |= query_codes[rows, None] == gallery_codes
-        scores[excluded] = -torch.inf
-        relevant[excluded] = False
+        blocks.append(rank_block(scores, relevant, excluded))
 
-        # topk brings equal scores in any order, which R@K, P@10, MnR and MdR then depend on: of an
-        # encoder that gives all samples one vector they are those of an arbitrary list.
-        top = scores.topk(min(TOP_K, len(g)), dim=1).indices  # (b, k)
-        blocks.append({
-            "top": top,
-            "hit": relevant.gather(1, top),  # (b, k)
-            "relevant": relevant.sum(dim=1, dtype=torch.int32),  # (b,)
-            "candidates": len(g) - excluded.sum(dim=1, dtype=torch.int32),  # (b,)
-            "first": first_rank(scores, relevant)})  # (b,)
-
-    found = {key: torch.cat([block[key] for block in blocks]).numpy() for key in blocks[0]}
+    found = {}
+    for key in blocks[0]:
+        found[key] = torch.cat([block[key] for block in blocks]).numpy()
     for k in KS:
         found[f"R@{k}"] = found["hit"][:, :k].any(axis=1)
     found["P@10"] = found["hit"].mean(axis=1)
@@ -595,8 +608,12 @@ def provenance(name, meta, pool, queries):
     seen_in_pretraining = None  # nobody knows
     if meta.get("seen") is not None:
         seen_in_pretraining = len(set(column(queries, "id")) & set(meta["seen"]))
-    return {"model": model_name(name, meta, pool), **{key: meta.get(key) for key in keys},
-            "pool": pool or meta.get("pool"), "seen_in_pretraining": seen_in_pretraining}
+    result = {"model": model_name(name, meta, pool)}
+    for key in keys:
+        result[key] = meta.get(key)
+    result["pool"] = pool or meta.get("pool")
+    result["seen_in_pretraining"] = seen_in_pretraining
+    return result
 
 
 def compare_pretraining(setting, meta):
@@ -775,18 +792,24 @@ def probe_metrics(probabilities, truth, multi):
 
 
 def split_probe(rows, classes):
-    """Row numbers (training, test): by the split column, or 4 : 1 in each class (App. C)."""
+    """Row numbers (training, test): by the split column, or 4 : 1 in each class (App. C).
+
+    CHOICE: patients are divided, not samples. Whose patient is not known counts as a patient.
+    """
     is_test = np.array([row["split"] == "test" for row in rows], dtype=bool)  # (n,)
     if not is_test.any():
+        patients = [row["patient"] or row["id"] for row in rows]
         order = np.random.default_rng(0).permutation(len(rows))
+        test_patients = set()
         for name in sorted(set(classes)):
-            members = [i for i in order if classes[i] == name]
-            is_test[members[:len(members) // 5]] = True
+            of_class = list(dict.fromkeys(patients[i] for i in order if classes[i] == name))
+            test_patients.update(of_class[:len(of_class) // 5])
+        is_test = np.array([patient in test_patients for patient in patients])  # (n,)
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
 def probe_targets(rows):
-    """What is predicted of rows: findings where a sample has any, else the body part."""
+    """What is predicted of rows: findings, if any of them has one, else the body parts."""
     findings = label_lists(rows, "finding:")
     if any(findings):
         return ProbeData(rows, findings, multi=True)
@@ -897,7 +920,9 @@ def markdown_table(results):
             lines.append([name, reference, *numbers, "", ""])
 
     # Columns are padded, so that the table reads well as plain text too.
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = []
+    for cells in zip(*lines):
+        widths.append(max(len(cell) for cell in cells))
     lines.insert(1, ["-" * width for width in widths])
     padded = []
     for line in lines:
@@ -932,7 +957,7 @@ def scaling(paths, against):
 
 
 # ---- command line -------------------------------------------------------------------------------
-def check_usage(parser, args):
+def check_arguments(parser, args):
     """Leave with code 2 if the flags contradict each other, or one would have no effect."""
     asked = [args.task, args.embeddings, args.scaling]
     if sum(map(bool, asked)) != 1:
@@ -972,7 +997,7 @@ def keep_earlier_results(path, content):
     print(f"kept: what was in {path} is {kept} now")
 
 
-def parse_args():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
@@ -1003,12 +1028,12 @@ def parse_args():
          help="draw some queries and their top 3, right and wrong marked")
     flag("--out", help="results file (default results/TASK.json)")
     args = parser.parse_args()
-    check_usage(parser, args)
+    check_arguments(parser, args)
     return args
 
 
 def main():
-    args = parse_args()
+    args = parse_arguments()
     if args.scaling:
         scaling(args.scaling, args.against)
         return
@@ -1016,7 +1041,7 @@ def main():
     results = probe(args) if args.task == "probe" else run_task(args)
     print(markdown_table(results))
 
-    # One row is written as it is, several as a list.
+    # One result is written as it is, several as {"rows": [...]}.
     content = results[0] if len(results) == 1 else {"rows": results}
     content = json.dumps(content, indent=1).encode()
     path = Path(args.out or f"results/{args.task or 'embeddings'}.json")

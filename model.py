@@ -1,8 +1,8 @@
 """The 4D vision transformer of M3Ret (paper Sec. 3.1): one encoder for images, videos and volumes.
 
 In:  x (B, C, H, W, S), C in {1, 3}, intensities in [-1, 1]. S is 1 in an image, time in a video and
-     depth in a volume. The network does not ask which it is; only the functions that choose frames
-     and crops do, by `sample_kind`.
+     depth in a volume. All take the same path; only the functions that choose frames and crops ask
+     what a sample is, by `sample_kind`.
 Out: tokens (B, [1+]N, D), where [1+] stands for a CLS token, and embeddings by `pool`.
 
 Letters of shape comments, in every file: B batch, C channels; H, W, S height, width and slices (or
@@ -305,18 +305,17 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, self.dim))
 
     def grid(self, size):
-        """Patch grid (h, w, s) of a size (H, W, S); a side of 1, as S of an image, is one patch.
+        """Patch grid (h, w, s) of a size (H, W, S); an image, S = 1, is one patch deep.
 
         UserError if the patches do not fill the size.
         """
-        grid = []
-        for n, p in zip(size, self.patch_size):
-            if n > 1 and n % p:
-                raise UserError(
-                    f"samples of {'x'.join(map(str, size))} are no whole patches: choose another "
-                    "--patch-size, or prepare them with another --size, --slices or --frames")
-            grid.append(max(1, n // p))
-        return tuple(grid)
+        H, W, S = size
+        ph, pw, ps = self.patch_size
+        if H % ph or W % pw or (S > 1 and S % ps):
+            raise UserError(
+                f"samples of {'x'.join(map(str, size))} are no whole patches: choose another "
+                "--patch-size, or prepare them with another --size, --slices or --frames")
+        return H // ph, W // pw, max(1, S // ps)
 
     def tokens(self, x):
         """(B, C, H, W, S) -> (B, N, D): patches, projected, with their positions.

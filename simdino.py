@@ -85,12 +85,12 @@ def apply_matrices(x, along_h, along_w, along_s=None):
     """V views of each sample: x (B, C, H, W, S) -> (B, V, C, H', W', S').
 
     Matrices (B, V, n_out, n_in), one for each axis; without along_s, S stays as it is. In the
-    einsums s, w and h are the axes that go in, and k, j and i those that come out. The order of
-    axes has one reason: the axis to be multiplied is always the last, so that nothing is copied.
+    einsums s, w and h are the axes that go in, and k, j and i those that come out. Axes are put in
+    such an order that the next one to be multiplied is the last in memory, which is fastest.
     """
-    x = x.permute(0, 4, 1, 2, 3)[:, None]  # (B, 1, S, C, H, W)
+    x = x.permute(0, 4, 1, 2, 3)[:, None]  # (B, 1, S, C, H, W), where S is the last in memory
     if along_s is None:
-        x = x.contiguous()  # in a video S was last in memory, now W is
+        x = x.contiguous()  # now W is
     else:
         x = torch.einsum("bvks,bvschw->bvkchw", along_s, x)  # (B, V, S', C, H, W)
     x = torch.einsum("bvjw,bvkchw->bvjkch", along_w, x)  # (B, V, W', S', C, H)
@@ -147,7 +147,7 @@ def view_matrices(shape, kind, size, draw):
         start = place * (n_in - length)
         matrix = resample_matrix(start, length, n_in, size[axis], flips[axis])  # Resize
         if kind == "global1":  # GaussianBlur
-            # Algorithm 1 shifts before it blurs. The order is the same, since rows sum to one.
+            # Algorithm 1 shifts before it blurs. That is the same, since rows sum to one.
             sigma = torch.where(draw.blur_coin < PROBABILITY, between(BLUR, draw.sigma), 0)
             matrix = blur_matrix(sigma, size[axis]) @ matrix  # (B, V, n_out, n_in)
         matrices.append(matrix)
@@ -164,7 +164,7 @@ def views_of_kind(x, kind, size, draws):
     matrices = view_matrices(x.shape[1:], kind, size, draw)
     views = apply_matrices(x, *matrices)  # (B, V, C, H', W', S')
 
-    if kind != "local":  # RandShiftIntensity, clipped to the range of the data
+    if kind != "local":  # RandShiftIntensity. CHOICE: clipped to the range of the data, after it
         shift = torch.where(draw.shift_coin < PROBABILITY, between(SHIFT, draw.shift), 0)
         views = (views + shift[..., None, None, None, None]).clamp(0, 1)
     if kind == "global2":  # Contrast adjust
@@ -243,10 +243,11 @@ def rate_range(m, d, eps=0.5):
 
 
 def gather_ranks(z):
-    """(B, d) on each of R ranks -> (R B, d) on all.
+    """(B, d) on each of R ranks -> (R B, d) on all, so that Z^T Z is that of all samples.
 
-    So Z^T Z is summed over all ranks. Gradients flow through a rank's own rows alone, R times: DDP
-    averages over ranks what is a sum here.
+    CHOICE: rows are gathered instead of summing (d, d) matrices over ranks, so that coding_rate
+    can take the smaller of Z^T Z and Z Z^T. Gradients flow through a rank's own rows alone, R
+    times: DDP averages over ranks what is a sum here.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
@@ -278,9 +279,9 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
     CHOICE: the rate is the student's alone, as the paper writes it, and of global views, as in the
     SimDINO code. That code's default is the rate of (student + teacher) / 2, which has half the
     gradient where the two agree. Its --eps is this eps squared.
-    DEVIATION: the paper has gamma = 1. But the alignment is at most 2, while the rate can be tens
-    of nats (`rate_range`). So gamma defaults to (d + m) / (d m), the balance of the SimDINO code,
-    with m the rows of Z on all ranks.
+    DEVIATION: the paper has gamma = 1. But the alignment is at most 2, while the rate can be 206
+    nats where m >= d = 256 (`rate_range`). So gamma defaults to (d + m) / (d m), the balance of the
+    SimDINO code, with m the rows of Z on all ranks.
     """
     with torch.autocast(student.device.type, enabled=False):
         student = student.float()

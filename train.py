@@ -47,6 +47,9 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row before the run stops
 # A run resumes only with the flags that it was started with, except for these.
 RESUME_MAY_CHANGE = {"preset", "data", "out", "workers", "max_steps", "save_minutes", "keep_every"}
 
+# Samples of these splits are never trained on; the tasks of evaluate.py query them.
+HELD_OUT = ("val", "test")
+
 # A small network for minutes on a CPU. The gamma is that of the paper's 256 volumes, and the low
 # momentum makes the teacher follow quickly (docs/learning.md).
 SMALL = dict(arch="vit_xs", patch_size=8, batch_size=48, local_views=2, gamma=0.0078, momentum=0.9)
@@ -174,10 +177,10 @@ class Schedule:
 
 
 def learning_rate(step, total, warmup, peak):
-    """Of step 0 .. total - 1: linear warm-up to the peak, then half a cosine to zero (Sec. 3.4).
+    """Of step 0 .. total - 1: linear warm-up to the peak, then half a cosine (Sec. 3.4).
 
-    CHOICE: the first step has 1 / warmup of the peak and the end is 0. Both official codes start at
-    0, one step behind, and SimDINO's ends at 1e-6.
+    The cosine would reach 0 at step `total`, right after the last. CHOICE: the first step has
+    1 / warmup of the peak. Both official codes start at 0, and SimDINO's cosine ends at 1e-6.
     """
     if step < warmup:
         return peak * (step + 1) / warmup  # step warmup - 1 has the peak
@@ -199,10 +202,10 @@ def read_caches(folders):
 
 
 def select_rows(folders, modalities, fraction, verbose=True):
-    """Rows of the caches that pretraining may see: of these modalities, never the test split.
+    """Rows of the caches that pretraining may see: of these modalities, none of HELD_OUT.
 
     An id is one sample. Where caches share it (RadGenome has volumes of CT-RATE), it is trained on
-    once, as the first of them has it, and not at all if it is of the test split in any of them.
+    once, as the first of them has it, and not at all if any of them holds it out.
     `fraction` of each modality is taken, the larger ones containing the smaller ones (Sec. 4.4).
     UserError if a cache or a modality is named twice, or if nothing is left.
     """
@@ -210,15 +213,15 @@ def select_rows(folders, modalities, fraction, verbose=True):
         raise UserError(f"--modalities {' '.join(modalities)}: name each of them once")
     rows = read_caches(folders)
 
-    # An id is test in all caches if it is in one; else the row of the first cache is kept.
-    test_ids = {row["id"] for row in rows if row["split"] == "test"}
+    # An id is held out of all caches if it is of one; else the row of the first cache is kept.
+    held_out_ids = {row["id"] for row in rows if row["split"] in HELD_OUT}
     rows = [row for row in rows if row["modality"] in modalities]
     by_id = {}
     for row in rows:
-        if row["id"] not in test_ids:
+        if row["id"] not in held_out_ids:
             by_id.setdefault(row["id"], row)
     if verbose:
-        report_rows(rows, test_ids, by_id)
+        report_rows(rows, held_out_ids, by_id)
 
     # Ids are hashes: sorted by them, samples are in random order, the same one in every run.
     ordered = sorted(by_id.values(), key=lambda row: row["id"])
@@ -229,16 +232,16 @@ def select_rows(folders, modalities, fraction, verbose=True):
 
     if not chosen:
         raise UserError(f"{', '.join(map(str, folders))}: no {' or '.join(modalities)} samples but "
-                        "for the test split; prepare some, or name others with --data and "
+                        "of split val or test; prepare some, or name others with --data and "
                         "--modalities")
     return chosen
 
 
-def report_rows(rows, test_ids, by_id):
+def report_rows(rows, held_out_ids, by_id):
     """Print which samples are kept out of training, and which of the others a task would query."""
-    kept_out = Counter(row["folder"] for row in rows if row["id"] in test_ids)
+    kept_out = Counter(row["folder"] for row in rows if row["id"] in held_out_ids)
     for folder, n in kept_out.items():
-        print(f"kept out of training: {n} samples of {folder}, of split test")
+        print(f"kept out of training: {n} samples of {folder}, of split val or test")
 
     repeated = len(rows) - sum(kept_out.values()) - len(by_id)
     if repeated:
@@ -308,6 +311,22 @@ def set_rates(optimizer, method, lr, progress):
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
+def list_differences(old_flags, new_flags):
+    """The flags of an earlier run that are not those of this one, as its user typed them."""
+    differences = []
+    for key, value in new_flags.items():
+        old = old_flags.get(key)
+        if old == value:
+            continue
+        if old is None:
+            differences.append(f"no {flag_name(key)}")
+        elif isinstance(old, list):
+            differences.append(f"{flag_name(key)} {' '.join(map(str, old))}")
+        else:
+            differences.append(f"{flag_name(key)} {old}")
+    return differences
+
+
 def describe_run(args, method, schedule, init_ids):
     """What a checkpoint says about its run, besides weights and steps: tensors and plain values."""
     flags = {key: value for key, value in vars(args).items() if key not in RESUME_MAY_CHANGE}
@@ -331,14 +350,9 @@ def resume(path, run_info, method, optimizer, rank):
     """
     state = read_checkpoint(path)
     with as_user_error(path, "is damaged or does not fit: choose another --out"):
-        old_flags = json.loads(state["flags"])
-        new_flags = json.loads(run_info["flags"])
-        differ = []
-        for key, value in new_flags.items():
-            if old_flags.get(key) != value:
-                differ.append(f"{flag_name(key)} {old_flags.get(key)}")
-        if differ:
-            raise UserError(f"{path} was made with {' '.join(differ)}: repeat that, or choose "
+        differences = list_differences(json.loads(state["flags"]), json.loads(run_info["flags"]))
+        if differences:
+            raise UserError(f"{path} was made with {', '.join(differences)}: repeat that, or choose "
                             "another --out")
 
         method.load_state_dict(state["model"])
@@ -382,7 +396,7 @@ def read_numbers(values):
 
 
 def catch_signals():
-    """A list that signals are added to, in place of ending the process."""
+    """A list, to which from now on signals add themselves instead of ending the process."""
     signals = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -519,7 +533,7 @@ def naming_the_remedy():
 
 def fit(args, run_info, method, optimizer, schedule, start, device):
     """Train from step `start` on -> how many steps are done, and how many of them were skipped."""
-    main = schedule.rank == 0
+    is_main = schedule.rank == 0
     stop = min(schedule.total, args.max_steps or schedule.total)  # schedules still span the total
     model = method
     if schedule.world > 1:
@@ -528,7 +542,7 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
     # A signal lets the step end; then all leave.
     signals = catch_signals()
     batches = copy_ahead(make_loader(args, schedule, start, stop, device), device)
-    bar = tqdm(batches, initial=start, total=stop, unit="step", smoothing=0.05, disable=not main)
+    bar = tqdm(batches, initial=start, total=stop, unit="step", smoothing=0.05, disable=not is_main)
     log = Log(args, schedule, bar)
     keep_steps = args.keep_every * schedule.per_epoch
     next_save = time.monotonic() + 60 * args.save_minutes
@@ -555,22 +569,24 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
             # A step that is not finite is skipped: tried again, it would draw the same numbers. All
             # ranks skip the same steps, and after a signal to any of them all leave at one step.
             bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-            stopping, skipped = any_rank(torch.stack([torch.full_like(bad, bool(signals)), bad]))
-            values = {"loss": loss, **parts, "lr": lr, "grad_norm": norm, "skipped": skipped}
-            values = read_numbers(values | {"stopping": stopping})
-            stopping = values.pop("stopping")
+            signalled = torch.full_like(bad, len(signals) > 0)
+            bad, signalled = any_rank(torch.stack([bad, signalled]))
+            values = {"loss": loss, **parts, "lr": lr, "grad_norm": norm, "skipped": bad}
+            values = read_numbers({**values, "stopping": signalled})
+            stopping = values.pop("stopping")  # 1.0 or 0.0
             if not values["skipped"]:
                 optimizer.step()
                 method.after_step(progress)  # SimDINO: the teacher follows
 
             log.write(step, values, time.monotonic() - clock, waited)
 
-            # A checkpoint is large: it is written every few minutes, and before the run ends.
+            # A checkpoint is large, and epochs of small sets are short: it is written every few
+            # minutes, and before the run ends.
             done = step + 1
-            if main and keep_steps and done % keep_steps == 0:
+            if is_main and keep_steps and done % keep_steps == 0:
                 name = f"epoch_{done // schedule.per_epoch:04d}.pt"
                 save_run(args.out / name, run_info, method, optimizer, done)
-            if main and (stopping or done == stop or time.monotonic() > next_save):
+            if is_main and (stopping or done == stop or time.monotonic() > next_save):
                 save_run(args.out / "checkpoint.pt", run_info, method, optimizer, done)
                 next_save = time.monotonic() + 60 * args.save_minutes
             if stopping:
@@ -633,7 +649,8 @@ def add_flags(parser):
          help="epochs; keep epoch_NNNN.pt for studies, 0: none")
 
 
-def parse_args():
+def parse_arguments():
+    """The flags, with those of a preset and the default folders filled in."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(parser)
 
@@ -704,7 +721,7 @@ def open_run(out, process):
 
 
 def main():
-    args = parse_args()
+    args = parse_arguments()
     process = set_up_process()
     rank, world, device = process
 

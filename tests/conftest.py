@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import gzip
+import os
 import struct
 import sys
 from fractions import Fraction
@@ -21,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 import prepare  # noqa: E402
 from prepare import UserError, load_sample, read_samples  # noqa: E402

@@ -306,9 +306,19 @@ def test_fit_finds_the_minimum_that_scikit_learn_finds(multi):
 
 
 def test_probe_splits_four_to_one_within_every_class():
-    train, test = evaluate.split_probe([{"split": ""}] * 30, ["a"] * 20 + ["b"] * 10)
+    rows = [{"id": str(i), "patient": "", "split": ""} for i in range(30)]
+    train, test = evaluate.split_probe(rows, ["a"] * 20 + ["b"] * 10)
     assert sorted([*train, *test]) == list(range(30))
     assert [(test < 20).sum(), (test >= 20).sum()] == [4, 2]
+
+
+def test_probe_has_no_patient_on_both_sides():
+    """20 patients of three samples each, of two classes: a fifth of the patients of a class, at least, is test."""
+    rows = [{"id": str(i), "patient": f"p{i % 20}", "split": ""} for i in range(60)]
+    train, test = evaluate.split_probe(rows, ["a" if i < 30 else "b" for i in range(60)])
+    assert sorted([*train, *test]) == list(range(60))
+    assert not {i % 20 for i in train} & {i % 20 for i in test}
+    assert 4 * 3 <= len(test) <= 8 * 3
 
 
 def test_probe_takes_the_split_of_the_table_if_there_is_one():

@@ -448,10 +448,32 @@ def test_exit_codes_and_one_line_on_stderr(tmp_path):
     done = run("folder", ".")
     assert done.returncode == 1 and done.stderr.startswith("prepare.py: nothing in")
     assert done.stderr.count("\n") == 1
-    for wrong in (["--shard", "2/2"], ["--shard", "0/0"], ["--shard", "1"], ["--name", "../../etc"],
-                  ["--name", ".x"], ["--size", "0"]):
-        done = run("folder", ".", *wrong)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, wrong
+
+
+def test_a_file_that_may_not_be_read_is_named_and_ends_nothing(tmp_path, monkeypatch):
+    png(tmp_path / "data/a.png"), png(tmp_path / "data/b.png")
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("b.png"))
+    kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
+    assert list(kept) == ["a.png"] and rejected == {"b.png": "no permission to read it"}
+
+
+def test_an_error_of_our_own_is_not_taken_for_a_wrong_layout(tmp_path, monkeypatch):
+    png(tmp_path / "data/a.png")
+    monkeypatch.setitem(prepare.DATASETS, "folder", lambda *_: {}["mistake"])
+    with pytest.raises(KeyError, match="mistake"):
+        prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["folder", ".", "--shard", "2/2"], ["folder", ".", "--shard", "0/0"], ["folder", ".", "--shard", "1"],
+    ["folder", ".", "--name", "../../etc"], ["folder", ".", "--name", ".x"], ["folder", ".", "--size", "0"],
+    ["chestxray14", ".", "--labels", "labels.csv"], ["demo", ".", "--labels", "folders"],
+    ["fetal_planes", ".", "--modality", "ultrasound"], ["chestxray14", ".", "--allow-2d"]])
+def test_flags_that_mean_nothing_are_refused_with_exit_code_2(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, *arguments)
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
 
 
 # ---- the public data sets, in the layouts users have, dirt included ------------------------------

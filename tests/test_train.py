@@ -201,9 +201,10 @@ def test_an_id_in_two_caches_is_trained_on_once_as_the_first_has_it(tmp_path, ca
     assert "trained on once: 5 samples" in capsys.readouterr().out
 
 
-def test_an_id_of_split_test_in_any_cache_is_not_trained_on(tmp_path, capsys):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_id_that_any_cache_holds_out_is_not_trained_on(tmp_path, capsys, split):
     train_set = write_cache(tmp_path / "a", {"ct": (1, 8, 8, 4)}, per_shape=10)
-    test_set = write_cache(tmp_path / "b", {"ct": (1, 8, 8, 4)}, per_shape=4, split="test")
+    test_set = write_cache(tmp_path / "b", {"ct": (1, 8, 8, 4)}, per_shape=4, split=split)
     assert len(select_rows([train_set, test_set], ["ct"], 1.0)) == 6
     told = capsys.readouterr().out
     assert f"kept out of training: 4 samples of {train_set}" in told and f"4 samples of {test_set}" in told
@@ -330,7 +331,7 @@ def small_run(monkeypatch, cache, out, ssl, device, *more):
     """Arguments of `fit` for a small run of both kinds of samples, with everything on a device."""
     words = ["--ssl", ssl, "--data", str(cache), "--out", str(out), *TINY, "--arch", "vit_xs", *more]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    args = train.parse_args()
+    args = train.parse_arguments()
     schedule = Schedule(select_rows(args.data, args.modalities, 1.0), args)
     method, init_ids = train.build_method(args, torch.device(device))
     optimizer = train.make_optimizer(method)
@@ -667,11 +668,11 @@ def test_training_says_what_it_sees_and_leaves_the_demo_out(mixed_cache, tmp_pat
 
 def test_presets_print_what_they_set_and_flags_go_before_them(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "demo", "--epochs", "2"])
-    args = train.parse_args()
+    args = train.parse_arguments()
     assert (args.arch, args.epochs, args.gamma, args.momentum) == ("vit_xs", 2, 0.0078, 0.9)
     assert "--momentum 0.9" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    args = train.parse_args()
+    args = train.parse_arguments()
     assert (args.arch, args.epochs, args.gamma, args.momentum) == ("vit_b", 300, None, 0.996)  # Sec. 3.3, 3.4
 
 
