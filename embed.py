@@ -6,6 +6,7 @@ Out: emb.npz: embeddings (n, D) float32, not normalised; ids (n,); meta, JSON of
      python embed.py --search scan.nii.gz --gallery ct.npz mri.npz --figure hits.png
      python embed.py --search new/*.dcm --gallery xray.npz --out hits.csv
 torchrun splits the first among processes. If --out exists, only what is new is embedded.
+Letters beside those of model.py: m queries, n samples of a gallery, b of a block of it.
 
 From Python:
     from prepare import read_any
@@ -67,7 +68,7 @@ TILES_IN_A_ROW = 6  # of a figure
 
 # ---- search -------------------------------------------------------------------------------------
 def search_block(q, g, k):
-    """The best k of a block: unit vectors (m, D), (b, D) -> scores, indices (m, min(k, b))."""
+    """Unit vectors (m, D), (b, D) -> scores and indices of the best, (m, min(k, b)) each."""
     scores, indices = [], []
     for part in q.split(QUERY_BLOCK):
         best = (part @ g.T).topk(min(k, len(g)), dim=1)  # values, indices (part, k)
@@ -261,6 +262,7 @@ def apply_encoder(embedder, x, names=None, device="cpu"):
             raise UserError(f"floats must lie in [0, 1], not in [{x.min():.4g}, {x.max():.4g}]: "
                             "divide 8-bit values by 255, scale CT from a window of HU, or let "
                             "read_any do it")
+    # NumPy makes float64 of most numbers; networks take float32.
     if x.dtype == torch.float64:
         x = x.float()
 
@@ -358,6 +360,7 @@ def read_embeddings(path, cache=None):
     cache: the folder of the samples; by default where meta says, else of that name beside the npz.
     UserError: no such file, another content, a cache that is not found or lacks samples of it.
     """
+    # The rows of all its ids must be in the cache.
     file = read_npz(path)
     folder = cache or find_cache(path, file.meta)
     rows = {row["id"]: row for row in read_samples(folder)}
@@ -519,6 +522,8 @@ def embed_share(vectors, rows, batches, embedder, device, workers, quiet):
     bar = tqdm(loader, desc="embed", unit="batch", disable=quiet, leave=False)
     for batch, x in zip(batches, bar):
         found = embed_batch(x, [rows[i] for i in batch], embedder, device)  # (b, D)
+
+        # Only the first batch tells the width D, unless an earlier file told it.
         if vectors is None:
             vectors = torch.empty(len(rows), found.shape[1])
         if found.shape[1] != vectors.shape[1]:
@@ -620,6 +625,7 @@ def read_galleries(paths, caches):
             raise UserError(f"{path}: its {differs} is missing or differs from that of {paths[0]}: "
                             "embed again")
 
+        # A sample in two galleries would be found twice.
         folder = os.path.realpath(gallery.rows[0]["folder"])
         own = {(folder, row["id"]) for row in gallery.rows}
         if own & samples:
@@ -730,6 +736,7 @@ def search_files(args, device):
     if not queries:
         return len(args.search)
 
+    # All queries are searched for at once.
     query_vectors = torch.stack([query.vector for query in queries])  # (m, D)
     gallery_vectors = np.concatenate([gallery.vectors for gallery in galleries])  # (n, D)
     scores, indices = search(query_vectors, gallery_vectors, args.top or 3)  # (m, k) each

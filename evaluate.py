@@ -411,6 +411,7 @@ def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(
     needed = labels_to_share(query_matrix, relevance)  # (m,)
     codes = [string_codes(*pair) for pair in exclude]
 
+    # Queries are scored block by block: all their scores would fill the memory.
     blocks = []
     for rows in torch.arange(len(q)).split(QUERY_BLOCK):
         scores = q[rows] @ g.T  # (b, n)
@@ -421,6 +422,7 @@ def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(
             excluded |= query_codes[rows, None] == gallery_codes
         blocks.append(rank_block(scores, relevant, excluded))
 
+    # The entries of all blocks are joined, and the metrics follow from `hit`.
     found = {}
     for key in blocks[0]:
         found[key] = torch.cat([block[key] for block in blocks]).numpy()
@@ -903,11 +905,11 @@ def markdown_table(results):
 
     seen: how many queries pretraining had seen, ? where nobody knows.
     """
+    # Of every setting our models come first, and below them what they are compared with.
     metrics = PROBE_METRICS if "AUROC" in results[0] else TABLE_METRICS
     lines = [["", "", *metrics, "queries", "seen"]]
     for name in dict.fromkeys(result["name"] for result in results):
         ours = [result for result in results if result["name"] == name]
-        # Our models come first, and below them what they are compared with.
         references = {}
         for result in ours:
             seen = result["seen_in_pretraining"]
@@ -948,11 +950,12 @@ def scaling(paths, against):
                     x = json.loads(result["flags"])[against]
                 points.setdefault(result["name"], []).append((float(x), float(result["R@5"])))
 
+    # A straight line through the logarithms is a power law.
     for name, pairs in points.items():
         x, recall = np.array(pairs).T  # (number of results,) each
         if len(set(x)) < 2 or recall.min() <= 0:
             raise UserError(f"{name}: a fit needs R@5 above 0 at two or more values of {against}")
-        slope, start = np.polyfit(np.log(x), np.log(recall), 1)  # least squares: a power law
+        slope, start = np.polyfit(np.log(x), np.log(recall), 1)  # least squares
         print(f"{name}: log R@5 = {slope:.4f} log {against} {start:+.4f}, from {pairs}")
 
 

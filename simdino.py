@@ -7,6 +7,9 @@ Crop, resize, flip and blur of Algorithms 1-3 are linear, and each works on one 
 small matrix per axis, view and sample. So a whole batch is augmented by two or three batched matrix
 products, on whatever device it lies.
 
+Letters beside those of model.py: H', W', S' the size of a view; d the width of the vectors that are
+compared; m the samples in a coding rate, those of all R ranks.
+
     python simdino.py FILE --out views.png   # draws the views of one file
 """
 import argparse

@@ -352,8 +352,8 @@ def resume(path, run_info, method, optimizer, rank):
     with as_user_error(path, "is damaged or does not fit: choose another --out"):
         differences = list_differences(json.loads(state["flags"]), json.loads(run_info["flags"]))
         if differences:
-            raise UserError(f"{path} was made with {', '.join(differences)}: repeat that, or choose "
-                            "another --out")
+            raise UserError(f"{path} was made with {', '.join(differences)}: repeat that, or "
+                            "choose another --out")
 
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -377,9 +377,9 @@ def save_run(path, run_info, method, optimizer, step):
 
 
 # ---- training loop ------------------------------------------------------------------------------
-def any_rank(flags):
-    """Boolean tensor (n,) -> True where any rank has a True, in one small all-reduce."""
-    votes = flags.int()
+def any_rank(*flags):
+    """n scalar bool tensors -> (n,) bool: which are True on any rank, in one small all-reduce."""
+    votes = torch.stack(flags).int()  # (n,)
     if dist.is_initialized():
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return votes.bool()
@@ -569,8 +569,7 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
             # A step that is not finite is skipped: tried again, it would draw the same numbers. All
             # ranks skip the same steps, and after a signal to any of them all leave at one step.
             bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-            signalled = torch.full_like(bad, len(signals) > 0)
-            bad, signalled = any_rank(torch.stack([bad, signalled]))
+            bad, signalled = any_rank(bad, torch.full_like(bad, len(signals) > 0))
             values = {"loss": loss, **parts, "lr": lr, "grad_norm": norm, "skipped": bad}
             values = read_numbers({**values, "stopping": signalled})
             stopping = values.pop("stopping")  # 1.0 or 0.0
@@ -580,8 +579,7 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
 
             log.write(step, values, time.monotonic() - clock, waited)
 
-            # A checkpoint is large, and epochs of small sets are short: it is written every few
-            # minutes, and before the run ends.
+            # A checkpoint is large: it is written every few minutes, and before the run ends.
             done = step + 1
             if is_main and keep_steps and done % keep_steps == 0:
                 name = f"epoch_{done // schedule.per_epoch:04d}.pt"
@@ -712,8 +710,8 @@ def open_run(out, process):
                             "choose another --out") from None
 
     path = out / "checkpoint.pt"
-    found = torch.tensor([path.exists(), not path.exists()], device=process.device)
-    exists, missing = any_rank(found).tolist()
+    exists = torch.tensor(path.exists(), device=process.device)
+    exists, missing = any_rank(exists, ~exists).tolist()
     if exists and missing:
         raise UserError(f"only some processes see {path}: --out must be one folder that all "
                         "nodes share")
