@@ -372,9 +372,9 @@ def labels_to_share(query_matrix, relevance):
 
 def rank_block(scores, relevant, excluded):
     """The first five entries of evaluate_retrieval, of b queries; all arguments are (b, n)."""
-    # What is excluded comes last and counts nowhere.
-    scores = scores.masked_fill(excluded, -torch.inf)
-    relevant = relevant & ~excluded
+    # What is excluded comes last and counts nowhere. Both are changed in place.
+    scores[excluded] = -torch.inf
+    relevant[excluded] = False
 
     # topk brings equal scores in any order, which R@K, P@10, MnR and MdR then depend on: of an
     # encoder that gives all samples one vector they are those of an arbitrary list.

@@ -312,18 +312,18 @@ def set_rates(optimizer, method, lr, progress):
 
 # ---- checkpoints --------------------------------------------------------------------------------
 def list_differences(old_flags, new_flags):
-    """The flags of an earlier run that are not those of this one, as its user typed them."""
+    """How an earlier run was made otherwise: ["with --lr 0.001", "without --init"], for example."""
     differences = []
     for key, value in new_flags.items():
         old = old_flags.get(key)
         if old == value:
             continue
         if old is None:
-            differences.append(f"no {flag_name(key)}")
+            differences.append(f"without {flag_name(key)}")
         elif isinstance(old, list):
-            differences.append(f"{flag_name(key)} {' '.join(map(str, old))}")
+            differences.append(f"with {flag_name(key)} {' '.join(map(str, old))}")
         else:
-            differences.append(f"{flag_name(key)} {old}")
+            differences.append(f"with {flag_name(key)} {old}")
     return differences
 
 
@@ -352,8 +352,8 @@ def resume(path, run_info, method, optimizer, rank):
     with as_user_error(path, "is damaged or does not fit: choose another --out"):
         differences = list_differences(json.loads(state["flags"]), json.loads(run_info["flags"]))
         if differences:
-            raise UserError(f"{path} was made with {', '.join(differences)}: repeat that, or "
-                            "choose another --out")
+            raise UserError(f"{path} was made {', '.join(differences)}: repeat that, or choose "
+                            "another --out")
 
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

@@ -708,13 +708,13 @@ def test_wrong_use_is_one_line(mixed_cache, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
     checkpoint = tmp_path / "run" / "checkpoint.pt"
-    cases = [([mixed_cache, tmp_path / "run", "--lr", "1e-2"], 1, "--lr 0.001"),
+    cases = [([mixed_cache, tmp_path / "run", "--lr", "1e-2"], 1, "made with --lr 0.001:"),
              ([mixed_cache, tmp_path / "new", "--batch-size", "64"], 1, "--batch-size 8"),
              ([mixed_cache, tmp_path / "new", "--batch-size-3d", "64"], 1, "--batch-size-3d 8"),
              ([tmp_path / "missing", tmp_path / "new"], 1, "missing"),
              ([tmp_path / "empty", tmp_path / "new"], 1, "empty"),
              ([mixed_cache, tmp_path / "new", "--init", tmp_path / "text.pt"], 1, "text.pt"),
-             ([mixed_cache, tmp_path / "run", "--init", checkpoint], 1, "--init None"),
+             ([mixed_cache, tmp_path / "run", "--init", checkpoint], 1, "made without --init:"),
              ([mixed_cache, tmp_path / "text.pt" / "new"], 1, "text.pt"),
              ([mixed_cache, tmp_path / "new", "--patch-size", "32"], 1, "no patch is left to hide"),
              ([mixed_cache, tmp_path / "new", "--patch-size", "17"], 2, "patch-size"),
