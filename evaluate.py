@@ -4,9 +4,10 @@ In:  cache/NAME (prepare.py) and a checkpoint (train.py; default: the newest run
      that anyone made:
      python evaluate.py --task chestxray14      (embeds what is not yet embedded)
      python evaluate.py --embeddings q.npz --cache cache/A [--gallery g.npz --gallery-cache cache/B]
-Out: a table in Markdown, and every number in results/TASK.json.
-Letters: model.py; here m queries, n candidates, b queries of a block, L labels, and k places of
-the list of candidates that a query gets, the best one first.
+Out: a table in Markdown, and every number in results/TASK.json. --scaling reads such files instead,
+     and prints fits (Fig. 4).
+Letters beside those of model.py: m queries; n candidates, or samples where nothing is asked; b
+queries of a block; L labels; k = min(10, n) places of a ranked list, the best one first.
 """
 import argparse
 import hashlib
@@ -25,7 +26,7 @@ from prepare import UserError, atomic_write, cli, load_sample, read_samples
 
 TOP_K = 10  # places of a list that MnR, MdR and P@10 look at
 KS = (1, 5, 10)  # K of R@K
-QUERY_BLOCK = 256  # queries scored at a time: bounds the memory, and fits the processor's cache
+QUERY_BLOCK = 256  # queries scored at a time: 26 MB of scores for 25,687 candidates
 
 METRICS = ("R@1", "R@5", "R@10", "MnR", "MdR", "P@10")  # the paper has the first five
 TABLE_METRICS = ("R@1", "R@5", "R@10", "P@10", "MnR", "MdR")  # in the order of our table
@@ -76,7 +77,7 @@ class Task(NamedTuple):
     cache: str = ""  # its folder below cache/; "": all archives there that belong to no task
     paper_size: int = 0  # how many samples the paper has (Table 6); 0: it has other data
     label_prefix: str = ""  # only labels that begin so count
-    relevance: str = "any"  # a shared label makes a candidate relevant, or "all" of the query's do
+    relevance: str = "any"  # a relevant candidate shares one label of the query, or "all" of them
 
 
 class Setting(NamedTuple):
@@ -131,7 +132,10 @@ def column(rows, key):
 
 
 def labels_of(row, prefix):
-    """Labels that begin with the prefix; a body part ("part:head") may also come as "head"."""
+    """Labels of a row that begin with the prefix.
+
+    With the prefix "part:" a label without a colon counts as a body part: "head" as "part:head".
+    """
     labels = []
     for label in row["labels"]:
         bare_part = prefix == "part:" and ":" not in label
@@ -270,6 +274,8 @@ def string_codes(query_strings, gallery_strings):
     for text in [*query_strings, *gallery_strings]:
         code.setdefault(text, len(code))
     gallery_codes = torch.tensor([code[text] for text in gallery_strings])
+
+    # From here on an empty string has a code that no candidate has.
     code[""] = -1
     query_codes = torch.tensor([code[text] for text in query_strings])
     return query_codes, gallery_codes
@@ -292,7 +298,8 @@ def chance_of_hit(relevant, candidates, k):
     """R@K of a random order: the chance that k of n candidates hold one of the r relevant ones.
 
     1 - C(n - r, k) / C(n, k) = 1 - product over i < k of (n - r - i) / (n - i): every draw misses.
-    relevant r and candidates n are arrays (m,), the chance is (m,).
+    Of each query, relevant (m,) are r and candidates (m,) are n, without those that are excluded;
+    k is that of R@K. The chance is (m,).
     """
     draws = np.arange(k)[:, None]  # (k, 1)
     misses_left = np.clip(candidates - relevant - draws, 0, None)  # (k, m)
@@ -341,7 +348,7 @@ def first_rank(scores, relevant):
     above = (scores > best).sum(dim=1, dtype=torch.int32)  # (m,)
     equal = (scores == best).sum(dim=1, dtype=torch.int32)  # (m,) r + u
 
-    # Faster: hardly any query has equal scores, and for the others r = 1.
+    # Faster: r is counted only where several candidates share the best score. Elsewhere it is 1.
     several = equal > 1  # (m,)
     equal_relevant = torch.ones_like(equal)  # (m,) r
     is_best = relevant_scores[several] == best[several]
@@ -355,19 +362,20 @@ def comparable_vectors(queries, gallery):
     """Embeddings (m, D), (n, D) -> float32 whose products order the gallery as the cosines do."""
     q = F.normalize(torch.as_tensor(queries).double(), dim=1)  # (m, D)
     g = F.normalize(torch.as_tensor(gallery).double(), dim=1)  # (n, D)
-    # To subtract one vector from all candidates takes the same from all scores of a query. Without
-    # their mean, float32, three times as fast as float64, tells apart what lies close together, as
-    # candidates of a collapsed encoder do. Without the first, equal ones become exact zeros.
+    # Subtracting one vector from all candidates shifts all scores of a query alike: their order
+    # stays. Less the first candidate, candidates that are all equal become exact zeros. Less their
+    # mean, float32, three times as fast as float64, can tell those apart that lie close together,
+    # as a collapsed encoder's do.
     g = g - g[:1]
     g = g - g.mean(dim=0)
     return q.float(), g.float()
 
 
-def labels_to_share(query_matrix, relevance):
+def count_needed_labels(query_matrix, relevance):
     """Labels of queries (m, L) -> how many a candidate must share to be relevant to each, (m,)."""
-    asked = query_matrix.sum(dim=1)  # (m,)
-    needed = asked if relevance == "all" else torch.ones(len(asked))  # (m,)
-    return torch.where(asked > 0, needed, torch.inf)  # (m,)
+    count = query_matrix.sum(dim=1)  # (m,) labels of a query
+    needed = count if relevance == "all" else torch.ones(len(count))  # (m,)
+    return torch.where(count > 0, needed, torch.inf)  # (m,) inf: nothing is relevant
 
 
 def rank_block(scores, relevant, excluded):
@@ -376,8 +384,8 @@ def rank_block(scores, relevant, excluded):
     scores[excluded] = -torch.inf
     relevant[excluded] = False
 
-    # topk brings equal scores in any order, which R@K, P@10, MnR and MdR then depend on: of an
-    # encoder that gives all samples one vector they are those of an arbitrary list.
+    # topk orders equal scores arbitrarily, and the metrics of the list depend on that order. If an
+    # encoder gives all samples one vector, they describe an arbitrary list; `first` does not.
     n = scores.shape[1]
     top = scores.topk(min(TOP_K, n), dim=1).indices  # (b, k)
     return {
@@ -398,9 +406,10 @@ def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(
     exclude: pairs of lists of strings, m and n. A candidate whose string is the query's is no
     candidate for it; an empty string excludes nothing.
 
-    top (m, k): numbers of the best k = min(10, n) candidates; hit (m, k): which are relevant;
-    relevant, candidates (m,): how many there are; first (m,): see first_rank; R@K (m,): is any of
-    the first K relevant; P@10 (m,): relevant share of the list; MnR, MdR: mean_and_median_rank.
+    top (m, k): numbers of the best k candidates, then of what is excluded if there are fewer; hit
+    (m, k): which are relevant; relevant, candidates (m,): how many there are; first (m,): see
+    first_rank; R@K (m,): is any of the first K relevant; P@10 (m,): relevant share of the best 10,
+    or of all candidates if there are fewer; MnR, MdR (m,): see mean_and_median_rank.
 
     `first` needs the scores of all candidates, so that embed.search, which keeps a few, won't do.
     """
@@ -408,7 +417,7 @@ def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(
     vocabulary = sorted(set().union(*query_labels))
     query_matrix = label_matrix(query_labels, vocabulary)  # (m, L)
     gallery_matrix = label_matrix(gallery_labels, vocabulary)  # (n, L)
-    needed = labels_to_share(query_matrix, relevance)  # (m,)
+    needed = count_needed_labels(query_matrix, relevance)  # (m,)
     codes = [string_codes(*pair) for pair in exclude]
 
     # Queries are scored block by block: all their scores would fill the memory.
@@ -428,7 +437,7 @@ def evaluate_retrieval(queries, gallery, query_labels, gallery_labels, exclude=(
         found[key] = torch.cat([block[key] for block in blocks]).numpy()
     for k in KS:
         found[f"R@{k}"] = found["hit"][:, :k].any(axis=1)
-    found["P@10"] = found["hit"].mean(axis=1)
+    found["P@10"] = found["hit"].sum(axis=1) / np.clip(found["candidates"], 1, TOP_K)
     found["MnR"], found["MdR"] = mean_and_median_rank(found["hit"])
     return found
 
@@ -440,7 +449,7 @@ def summarise(found):
     for k in KS:
         chance[f"R@{k}"] = chance_of_hit(found["relevant"], found["candidates"], k).mean()
 
-    # The usual rank of the first relevant candidate: of the queries that have any.
+    # Other papers take the rank of the first relevant candidate, of queries that have any.
     first_ranks = found["first"][found["relevant"] > 0]
     first_mean, first_median = None, None
     if len(first_ranks):
@@ -461,7 +470,7 @@ class EncoderChoice(NamedTuple):
     checkpoint: object  # path, or None
 
 
-class Model(NamedTuple):
+class EncodedTask(NamedTuple):
     """The embeddings that one encoder gives of all samples of a task."""
     name: str
     query_vectors: dict  # {(folder, id): (D,)}
@@ -488,7 +497,8 @@ def find_runs():
 
 def choose_encoders(args):
     """The encoders asked for, or the newest run; for the demo all runs and two baselines."""
-    # Which checkpoints: those given, or what the task takes by default.
+    # Which checkpoints: those given, or what the task takes by default. The random encoder is an
+    # untrained one of the checkpoint's architecture.
     needs_checkpoint = args.encoder in ("m3ret", "random")
     all_of_the_demo = args.task == "demo" and needs_checkpoint and not args.checkpoint
     if args.checkpoint:
@@ -529,9 +539,9 @@ def vectors_by_sample(embeddings):
 def cached_embeddings(rows, encoder, checkpoint):
     """Embed rows of any caches -> {(folder, id): embedding (D,)}, and the meta of their files.
 
-    The files lie in results/embeddings/ and serve again: embed_rows embeds what is new, or newer
-    than the file, and all if the sizes have changed or a sample of each shape comes out otherwise,
-    as it does when a foreign encoder has other weights.
+    The files lie in results/embeddings/ and serve again: embed_rows embeds the samples that are
+    missing in the file or newer than it. It embeds all again if they were made in other sizes, or
+    if the encoder gives other vectors now, as a foreign one with new weights does.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedder = load_embedder(encoder, checkpoint, device)
@@ -554,13 +564,13 @@ def cached_embeddings(rows, encoder, checkpoint):
 
         if stored.meta["seen"] is None:
             seen = None
-        else:
+        elif seen is not None:
             seen += stored.meta["seen"]
     return vectors, embedder.meta | {"seen": seen}
 
 
 def load_given_embeddings(args):
-    """The files of --embeddings and --gallery -> their setting, and their Model."""
+    """The files of --embeddings and --gallery -> their setting, and their EncodedTask."""
     queries = read_embeddings(args.embeddings, args.cache[0])
     gallery = queries
     if args.gallery:
@@ -578,7 +588,7 @@ def load_given_embeddings(args):
                         "prepare with --labels")
 
     setting = Setting("embeddings", queries.rows, gallery.rows, relevance=args.relevance)
-    model = Model(Path(args.embeddings).stem, vectors_by_sample(queries),
+    model = EncodedTask(Path(args.embeddings).stem, vectors_by_sample(queries),
                   vectors_by_sample(gallery), queries.meta)
     return setting, model
 
@@ -597,7 +607,7 @@ def embedding_matrix(rows, vectors, meta, pool):
 
 
 def model_name(name, meta, pool):
-    """The name of a model in the table; of a run that is not finished it says so."""
+    """The name of a model in the table, with the step of a run that is not finished."""
     if meta.get("encoder") == "m3ret" and meta.get("total") and meta["step"] < meta["total"]:
         name = f"{name}, step {meta['step']} of {meta['total']}"
     return f"{name} {pool}".strip()
@@ -661,7 +671,7 @@ def captioned(row, text, label_prefix, colour=FRAME_GREY):
 
 def draw_examples(path, settings, rankings):
     """Draw random queries (seed 0), each with its top 3 behind it, right or wrong (Fig. 5)."""
-    # Settings that search the queries' own set are shown; if there are none, all are.
+    # Where some settings search exactly their own queries, only these are shown, else all.
     shown = [(setting, found) for setting, found in zip(settings, rankings)
              if setting.queries is setting.gallery]
     shown = shown or list(zip(settings, rankings))
@@ -680,7 +690,7 @@ def draw_examples(path, settings, rankings):
 
 
 def load_task(args):
-    """The settings of a task or of --embeddings, and the Models that are asked for."""
+    """The settings of a task or of --embeddings, and the EncodedTasks that are asked for."""
     if args.embeddings:
         setting, model = load_given_embeddings(args)
         return [setting], [model]
@@ -701,7 +711,7 @@ def load_task(args):
     models = []
     for choice in choose_encoders(args):
         vectors, meta = cached_embeddings(used, choice.encoder, choice.checkpoint)
-        models.append(Model(choice.name, vectors, vectors, meta))
+        models.append(EncodedTask(choice.name, vectors, vectors, meta))
     return settings, models
 
 
@@ -727,7 +737,8 @@ def run_task(args):
                     "paper_table_4": compare_pretraining(setting, model.meta),
                     **provenance(model.name, model.meta, pool, setting.queries)})
     if args.figure:
-        draw_examples(args.figure, settings, rankings[:len(settings)])  # of the first model
+        # Those of the first model, and of its first pooling.
+        draw_examples(args.figure, settings, rankings[:len(settings)])
     return results
 
 
@@ -770,9 +781,10 @@ def fit_logistic(features, targets, l2, multi):
 def probe_metrics(probabilities, truth, multi):
     """Predicted probabilities (n, L), truth (n, L) bool -> Table 7's numbers, means over labels.
 
-    CHOICE: the paper defines none of them. A finding is predicted above 1/2; accuracy is the share
-    of right (sample, finding) pairs, with classes of right samples; a label that is never predicted
-    has precision 0 and F1 0; AUROC leaves out labels that all or no test samples have.
+    CHOICE: the paper defines none of them. A finding is predicted above 1/2. Accuracy is the share
+    of right (sample, finding) pairs for findings, and of right samples for classes. A label that is
+    never predicted has precision 0 and F1 0. AUROC leaves out labels that all or no test samples
+    have.
     """
     if multi:
         predicted = probabilities > 0.5  # (n, L)
@@ -796,7 +808,8 @@ def probe_metrics(probabilities, truth, multi):
 def split_probe(rows, classes):
     """Row numbers (training, test): by the split column, or 4 : 1 in each class (App. C).
 
-    CHOICE: patients are divided, not samples. Whose patient is not known counts as a patient.
+    All that is not of split test trains. CHOICE: without splits patients are divided, not samples,
+    and a sample whose patient is not known counts as a patient.
     """
     is_test = np.array([row["split"] == "test" for row in rows], dtype=bool)  # (n,)
     if not is_test.any():
@@ -934,7 +947,7 @@ def markdown_table(results):
 
 
 def scaling(paths, against):
-    """Fit log R@5 = slope * log x + start to each setting of results files, and print it (Fig. 4).
+    """Of each setting in results files, fit log R@5 = slope * log x + start; print it (Fig. 4).
 
     x is the number of parameters, or the share of the data that was trained on.
     """
@@ -1008,7 +1021,8 @@ def parse_arguments():
          help=f"one of {', '.join(list(TASKS)[:6])},\n"
               "cross_modal (your archives, across modalities), within (each of them by itself),\n"
               "demo, probe (linear; findings of ct_rate, or body parts)")
-    flag("--cache", nargs="+", help="cache folders (default: the task's data set under cache/)")
+    flag("--cache", nargs="+",
+         help="cache folders (default: the task's data set under cache/, or all of your own there)")
     flag("--checkpoint", nargs="+", metavar="FILE",
          help="one, or several to compare (default: the newest runs/*/checkpoint.pt, for demo all)")
     flag("--encoder", default="m3ret",
@@ -1048,7 +1062,7 @@ def main():
     content = results[0] if len(results) == 1 else {"rows": results}
     content = json.dumps(content, indent=1).encode()
     path = Path(args.out or f"results/{args.task or 'embeddings'}.json")
-    if not args.out:
+    if not args.out:  # who names a file means to replace it
         keep_earlier_results(path, content)
     with atomic_write(path) as file:
         file.write(content)

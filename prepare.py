@@ -1180,6 +1180,7 @@ def ct_rate(source, files, options):
 DATASETS = {"demo": find_in_folder, "folder": find_in_folder, "chestxray14": chestxray14,
             "fetal_planes": fetal_planes, "kvasir_capsule": kvasir_capsule,
             "hyper_kvasir": hyper_kvasir, "ct_rate": ct_rate, "radgenome": ct_rate}
+LABELLED_BY_FLAG = ("folder", "ct_rate", "radgenome")  # which --labels is for
 
 
 # ---- read one file: images, videos, NIfTI --------------------------------------------------------
@@ -1441,7 +1442,7 @@ COPIES = "duplicate slices dropped"
 NO_WINDOW = "window or VOI LUT cannot be read: not used"
 # CHOICE: a window that leaves so few pixels between black and white is that of another image.
 LEAST_SHOWN = 0.1
-# CHOICE: of longer sequences a part of the pixels, evenly spaced, gives the percentiles.
+# CHOICE: of frames with more pixels than this in all, every n-th pixel gives the percentiles.
 MOST_ASKED = 2**24
 
 
@@ -1601,7 +1602,7 @@ class Grey(NamedTuple):
     stored: np.ndarray  # as in the file
     padding: np.ndarray  # bool, no part of the picture
     values: np.ndarray  # float32, in the unit of the file
-    windowed: object  # of an X-ray float32 in [0, 1] by the file's window or LUT, else None
+    windowed: object  # X-ray only: float32 in [0, 1] by the file's window or VOI LUT; else None
 
 
 class Scale(NamedTuple):
@@ -1652,7 +1653,7 @@ def frames_are_hounsfield(ds, frames):
 
 
 def percentile_scale(frames, pixels):
-    """The Scale from percentile to percentile of the values of Grey frames, of so many pixels."""
+    """The Scale from the 0.5 to the 99.5 percentile of Grey frames, which have `pixels` in all."""
     step = pixels // MOST_ASKED + 1
     asked = [frame.values[~frame.padding][::step] for frame in frames]
     low, high = percentile_range(np.concatenate(asked))
@@ -1660,7 +1661,7 @@ def percentile_scale(frames, pixels):
 
 
 def choose_scale(ds, stored, modality, notes):
-    """The Scale for all frames {n: stored pixels (h, w)}: what changes in time goes on changing.
+    """One Scale for all frames {n: stored pixels (h, w)}, which keeps how brightness changes.
 
     X-ray by the file's window, CT by HU_RANGE if its values are HU, other images of 8 bits as they
     are, the rest by percentiles.
@@ -1778,7 +1779,7 @@ class Plane(NamedTuple):
     header: Slice
     pixels: np.ndarray  # (rows, columns) as stored
     padding: np.ndarray  # (rows, columns) bool
-    scale: tuple  # slope and intercept, negative where black and white are exchanged
+    scale: tuple  # slope and intercept, both times -1 in an inverted file (MONOCHROME1)
 
 
 def load_planes(path, slices, modality, notes):
@@ -1790,7 +1791,7 @@ def load_planes(path, slices, modality, notes):
         what = f"{Path(path).name}, {type(error).__name__} {error}"
         raise Rejected("a slice is damaged", what) from error
 
-    # MONOCHROME1 shows low values bright. HU are never exchanged.
+    # MONOCHROME1 shows low values bright. Volumes of CT are never inverted.
     inverted = ds.PhotometricInterpretation == "MONOCHROME1" and modality != "ct"
     planes = []
     for one in slices:
@@ -1804,8 +1805,8 @@ def load_planes(path, slices, modality, notes):
 def drop_copies(planes, notes):
     """Planes, one at each place, in order. Rejected if two of one place differ: a wrong anatomy.
 
-    choose_pass has taken one pass, so the others can only be copies. One frame of one
-    SOPInstanceUID is one without a look: compression may have changed it.
+    choose_pass has taken one pass, so the others can only be copies. Where SOPInstanceUID and frame
+    are the same, pixels are not compared: compression may have changed them.
     """
     of_slice = {plane.header: plane for plane in planes}
     kept = []
@@ -1838,8 +1839,8 @@ def fill_padding(planes, modality):
         return planes
     darkest = min(lowest)
     if modality == "ct":
-        darkest = min(darkest, 0)  # a crop of the body may hold no air, which is at 0 or below
-    if planes[0].scale[0] < 0:  # black and white are exchanged
+        darkest = min(darkest, 0)  # a tight crop may hold no air, which is stored as 0 or less
+    if planes[0].scale[0] < 0:  # of an inverted file
         darkest = max(highest)
 
     filled = []
@@ -1850,7 +1851,10 @@ def fill_padding(planes, modality):
 
 
 def check_gaps(slices):
-    """Rejected if a slice is missing between others: distances differ by a twentieth and .1 mm."""
+    """Rejected if a gap differs from the median by more than 5 % and more than .1 mm.
+
+    Then a slice is missing, or one is too many.
+    """
     gaps = np.diff(positions_along_normal(slices))  # (n - 1,) mm
     usual = np.median(gaps)
     worst = np.abs(gaps - usual).argmax()
@@ -2013,7 +2017,8 @@ def orient(voxels, affine):
     if 1 not in voxels.shape:
         return voxels, spacing
 
-    # The thin axis comes first. Rows of coronal and sagittal slices run along S, feet first.
+    # The thin axis comes first. In coronal and sagittal slices row 0 is at the feet: they are
+    # flipped.
     thin = voxels.shape.index(1)
     voxels = np.moveaxis(voxels, thin, 0)  # (1, rows, columns)
     if thin > 0:
@@ -2170,7 +2175,7 @@ def decode(sample, source, size, slices, frames):
 
 
 def limit_process():
-    """In a child process: print nothing, die of any signal, limit memory and threads."""
+    """In a child process: print nothing, die of a signal, limit memory and threads."""
     # Decoders print what files say, and those in C know nothing of sys.stdout.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -2216,7 +2221,8 @@ def worker_loop(task, item, pipe, parent_ends):
 
     for _ in range(SAMPLES_PER_WORKER):
         pipe.send(answer_to(task, item))
-        # An item that comes after the last round is not lost: another process will get it.
+        # The item of the last round is not answered. The parent sees that this process has ended,
+        # and gives the item to a new one.
         try:
             item = pipe.recv()
         except (EOFError, OSError):  # nothing is left to do, or the parent is gone
@@ -2354,13 +2360,14 @@ def possible_ids(sample, key, own_files):
 
 
 def read_recipe(folder):
-    """What a cache was made with; UserError if recipe.json cannot be read or is an older one."""
+    """What a cache was made with; UserError if recipe.json is damaged or of another version."""
     try:
         recipe = json.loads(Path(folder, "recipe.json").read_bytes())
         recipe |= {name: int(recipe[name]) for name in SIZES}
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{folder}/recipe.json: missing or damaged; make the cache again"
         raise UserError(message) from error
+    # One that names no version was written by hand, beside arrays of one's own.
     if recipe.get("version", VERSION) != VERSION:
         raise UserError(f"{folder}: made by another version; delete the folder and prepare again")
     return recipe
@@ -2542,7 +2549,7 @@ def find_query(path, modality):
         raise UserError(f"{path}: no such file or folder")
 
     if not samples:
-        # Texts may lie beside images: why those are left out is no answer if there is another.
+        # The reason that is told is that of a medical file, if there is any beside other files.
         answers = sorted(rejected.values(), key=lambda answer: answer.reason == UNKNOWN_FILE)
         raise UserError(f"{path}: {answers[0] if answers else 'holds no file that is read'}")
     if len(samples) > 1:
@@ -2566,8 +2573,8 @@ def read_any(path, modality=None, likely=None, size=256, slices=64, frames=64):
     neither told nor tagged.
 
     UserError if there is no such file, or with the reason that prepare.py writes to rejected.csv:
-    it cannot be decoded, is blank, is a slice of a part of its series that no volume takes; or if
-    a folder holds several samples.
+    it cannot be decoded, is blank, or is a slice that is in no volume, as a scout is. Also if a
+    folder holds several samples.
     """
     path = Path(path).absolute()
     sample, source = find_query(path, modality)
@@ -2630,7 +2637,7 @@ def parse_arguments():
         parser.error(f"--modality {options.modality} is not known: {ABOUT_MODALITIES}")
 
     # The samples of a public data set are labelled by its own tables.
-    if options.labels and options.dataset not in ("folder", "ct_rate", "radgenome"):
+    if options.labels and options.dataset not in LABELLED_BY_FLAG:
         parser.error(f"--labels has no use with {options.dataset}, which has its own")
     if options.dataset != "folder" and (options.modality or options.allow_2d):
         parser.error("--modality and --allow-2d go with folder only")
@@ -2688,9 +2695,9 @@ def find_all(options):
 
     # No file of a known kind disappears without a word.
     for path in files:
-        unnamed = path not in taken and path not in rejected
-        if unnamed and kind_of(os.path.join(options.source, path)):
-            rejected[path] = Rejected("no sample by its name and the tables, or twice here")
+        unexplained = path not in taken and path not in rejected
+        if unexplained and kind_of(os.path.join(options.source, path)):
+            rejected[path] = Rejected("not in the tables, not named as published, or a copy")
     if not samples and not rejected:
         raise UserError(f"{options.source}: holds no files of {options.dataset}")
     return samples, rejected
@@ -2727,7 +2734,8 @@ def is_outdated(sample, source, folder, made_at):
     paths = [os.path.join(source, path) for path in sample.files]
     if last_change(paths) > made_at:
         return True
-    return len(paths) > 1 and read_made(folder, sample.id).files != len(paths)
+    may_have_several = sample.kind in ("series", "clip")
+    return may_have_several and read_made(folder, sample.id).files != len(paths)
 
 
 def remove_outdated(samples, options, key):
@@ -2774,7 +2782,8 @@ def warn_of_losses(options, last, kept):
 
     labelled_before = sum(row["labels"] != () for row in last)
     labelled_now = sum(sample.labels != () for sample in kept)
-    forgotten = labelled_now < labelled_before and not options.labels
+    can_be_given = options.dataset in LABELLED_BY_FLAG
+    forgotten = can_be_given and not options.labels and labelled_now < labelled_before
     if gone:
         if 2 * without_file > len(gone):
             reason = "so are their files"
@@ -2819,7 +2828,7 @@ def report(options, kept, rejected):
 def prune(options, samples, key):
     """Name the arrays that are of no sample in the source, and delete them if asked to.
 
-    An array of a sample whose modality nobody says now may be one by a forgotten flag: it stays.
+    Arrays of samples whose modality is not known stay: --modality may be forgotten this time.
     """
     ids = set()
     for sample in samples:
