@@ -6,7 +6,7 @@ Out: emb.npz: embeddings (n, D) float32, not normalised; ids (n,); meta, JSON of
      python embed.py --search scan.nii.gz --gallery ct.npz mri.npz --figure hits.png
      python embed.py --search new/*.dcm --gallery xray.npz --out hits.csv
 torchrun splits the first among processes. If --out exists, only what is new is embedded.
-Letters beside those of model.py: m queries, n samples of a gallery, b of a block of it.
+Letters beside those of model.py: m queries, n samples of a gallery, b of a block or of a batch.
 
 From Python:
     from prepare import read_any
@@ -121,7 +121,8 @@ def search(queries, gallery, k):
 def pixels(x):
     """Baseline (B, C, H, W, S) -> (B, 1024): the mean slice in 32 x 32 pixels, less their mean."""
     x = unit(x).mean(dim=(1, 4))  # (B, H, W)
-    # A flat image becomes zeros here; the mean of its pixels would differ from them by rounding.
+    # Less one of its pixels, a flat image is exactly zero. Less its mean alone, noise of rounding
+    # would be left.
     x = x - x[:, :1, :1]
     x = F.adaptive_avg_pool2d(x, 32).flatten(1)  # (B, 1024)
     # Without its mean, the cosine of two images is their correlation.
@@ -137,7 +138,8 @@ def by_slices(network, size=224, chunk=128):
         slices = unit(take_frames_evenly(x)).permute(0, 4, 1, 2, 3)  # (B, S, C, H, W)
         mean = slices.new_tensor([0.485, 0.456, 0.406])[:, None, None]  # (3, 1, 1)
         std = slices.new_tensor([0.229, 0.224, 0.225])[:, None, None]  # (3, 1, 1)
-        images = ((slices - mean) / std).flatten(0, 1)  # (B * S, 3, H, W)
+        images = (slices - mean) / std  # (B, S, 3, H, W), grey is broadcast to 3 channels
+        images = images.flatten(0, 1)  # (B * S, 3, H, W)
 
         features = []
         for part in images.split(chunk):  # (chunk, 3, H, W)
@@ -158,8 +160,8 @@ class Embedder(NamedTuple):
 def load_foreign_encoder(name, device):
     """module:function -> what function() returns, and the sha256 of the module's file.
 
-    The module is looked for in the working folder too. The hash is of that one file: of the weights
-    and other modules that it reads nothing is known.
+    The module is looked for in the working folder first. The hash is of that one file: nothing is
+    known of the weights and other modules that it reads.
     """
     module_name, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -171,7 +173,7 @@ def load_foreign_encoder(name, device):
                         "module:function of your own") from None
     try:
         code_sha256 = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-        with torch.device(device):  # a network that it makes then lies where its samples will
+        with torch.device(device):  # where the tensors of a network that it makes will be
             embed = make()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--encoder {name}: {function}() failed: {error}") from error
@@ -202,7 +204,7 @@ def load_vit(name, checkpoint, device):
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": state["sha256"],
         "weights_sha256": weights_sha256(network),
-        "code_sha256": "",  # known of a foreign encoder
+        "code_sha256": "",  # only foreign encoders have one
         "flags": state.get("flags"),
         "step": state.get("step"),
         "total": state.get("total"),  # steps of the whole run
@@ -279,8 +281,8 @@ def apply_encoder(embedder, x, names=None, device="cpu"):
     if not finite.all():
         i = finite.tolist().index(False)
         name = names[i] if names else f"sample {i}"
-        raise UserError(f"{name} embeds to values that are not finite: if it has such, prepare it "
-                        "again")
+        raise UserError(f"{name} embeds to values that are not finite: if it holds NaN or infinite "
+                        "values, prepare it again")
     return vectors.float().cpu()
 
 
@@ -366,7 +368,7 @@ def read_embeddings(path, cache=None):
     rows = {row["id"]: row for row in read_samples(folder)}
     missing = len(set(file.ids) - rows.keys())
     if missing == len(file.ids):
-        raise UserError(f"{path} holds ids that are not in {folder}, none of them: give the cache "
+        raise UserError(f"{path} holds ids that are not in {folder}, not even one: give the cache "
                         "it is of")
     if missing:
         raise UserError(f"{path} holds {missing} ids that are not in {folder}: the cache has "
@@ -435,7 +437,10 @@ def meet_processes(rows, meta):
 
 
 def gather_rows(vectors, batches, rank, world):
-    """The first process receives, into its vectors (n, D), the rows that the others embedded."""
+    """The first process receives, into its vectors (n, D), the rows that the others embedded.
+
+    Of a process without a share vectors are None. The first has one if anybody has.
+    """
     for other in range(1, world):
         share = batches[other::world]
         if not share:
@@ -467,8 +472,8 @@ def read_earlier(out, rows, embedder):
     return file
 
 
-def find_unchanged(rows, ids, written):
-    """Numbers of the rows whose id is among ids and whose array is older than `written` (ns)."""
+def find_unchanged(rows, ids, started):
+    """Numbers of the rows whose id is among ids and whose array is older than `started` (ns)."""
     row_numbers = []
     for i, row in enumerate(rows):
         array = Path(row["folder"], f"{row['id']}.npy")
@@ -476,7 +481,7 @@ def find_unchanged(rows, ids, written):
             continue
         # An old array that was put in its place lately has an old mtime, but a new ctime.
         status = array.stat()
-        if max(status.st_mtime_ns, status.st_ctime_ns) < written:
+        if max(status.st_mtime_ns, status.st_ctime_ns) < started:
             row_numbers.append(i)
     return row_numbers
 
@@ -501,11 +506,12 @@ def check_kept(kept, rows, embedder, device):
 
 def find_kept(out, rows, embedder, device):
     """What of an existing file `out` may stay -> Kept. NothingToKeep if nothing may."""
-    written = os.stat(out).st_mtime_ns  # before it is read: another run may replace it
+    # Its time is when its run started (embed_rows). It is asked first: another run may replace it.
+    started = os.stat(out).st_mtime_ns
     file = read_earlier(out, rows, embedder)
     number_in_file = {name: j for j, name in enumerate(file.ids)}
 
-    row_numbers = find_unchanged(rows, number_in_file, written)
+    row_numbers = find_unchanged(rows, number_in_file, started)
     numbers = [number_in_file[rows[i]["id"]] for i in row_numbers]
     vectors = torch.from_numpy(file.vectors[numbers])  # (kept, D)
     dropped = number_in_file.keys() - {row["id"] for row in rows}
@@ -552,8 +558,9 @@ def plan_work(rows, embedder, out, device, rank, world):
 def embed_rows(rows, embedder, out, device="cpu", workers=2):
     """Embed rows of one cache into the file `out`, by what load_embedder gave.
 
-    What `out` already holds of the same encoder and cache is kept, and only the rest is embedded:
-    the file is, to the last digit, what embedding all gives. torchrun's processes share the work.
+    What `out` already holds of the same encoder and cache is kept, and only the rest is embedded.
+    To the last digit the file is what embedding all gives (of a foreign encoder, whose weights are
+    not known, one sample of each shape vouches for that). torchrun's processes share the work.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -620,6 +627,7 @@ def read_galleries(paths, caches):
     for path, cache in zip(paths, caches):
         gallery = read_embeddings(path, cache)
         galleries.append(gallery)
+        # Compared with itself, the first shows what is missing.
         differs = find_difference(gallery.meta, galleries[0].meta, MUST_MATCH)
         if differs:
             raise UserError(f"{path}: its {differs} is missing or differs from that of {paths[0]}: "
@@ -637,7 +645,7 @@ def read_galleries(paths, caches):
 def load_gallery_encoder(galleries, paths, checkpoint, device):
     """The Embedder that made the galleries of these paths. UserError if it is another by now."""
     meta = galleries[0].meta
-    checkpoint = checkpoint or meta["checkpoint"]
+    checkpoint = checkpoint or meta.get("checkpoint")
     if checkpoint and not os.path.exists(checkpoint):
         raise UserError(f"{paths[0]}: its {checkpoint} is not there: give --checkpoint FILE")
     embedder = load_embedder(meta["encoder"], checkpoint, device)
@@ -662,7 +670,7 @@ def load_gallery_encoder(galleries, paths, checkpoint, device):
 def read_queries(paths, modality, likely, sizes, embedder, device):
     """Embed medical files, prepared in these sizes -> list of Query; stderr names those refused.
 
-    modality: what all files are; likely: what those are that do not say it. Both may be None.
+    modality: what all files are. likely: what those are that do not say it. Either may be None.
     """
     queries = []
     for path in paths:
@@ -759,7 +767,7 @@ def search_files(args, device):
 
 # ---- command line -------------------------------------------------------------------------------
 def check_arguments(parser, args):
-    """What does not go together ends here, with exit code 2, a message for each mistake."""
+    """Leave with code 2 and a message at the first flags that do not go together."""
     if args.folder is None and args.search is None:
         parser.error("give a cache folder to embed, or --search FILE with --gallery NPZ")
     if args.folder and args.search:

@@ -28,7 +28,8 @@ from prepare import cli
 LOCAL_VIEWS_2D = 10  # Sec. 3.3, of images
 LOCAL_VIEWS_3D = 4  # of videos and volumes
 
-# CHOICE: s_g and s_l of Appendix B have no value in the paper; these are DINO's 224 and 96 of 256.
+# CHOICE: s_g and s_l of Appendix B have no value in the paper. These are DINO's view sizes, 224 and
+# 96 pixels, as shares of our 256.
 # Appendix B calls (s_g H, s_g W) the size of the crop. We read it as the size after Resize,
 # which is what the network sees.
 GLOBAL_SIZE = 0.875
@@ -42,7 +43,7 @@ PROBABILITY = 0.5  # CHOICE: of flip, shift, blur and contrast each
 SHIFT = (-0.1, 0.1)  # CHOICE: added to intensities in [0, 1]
 BLUR = (0.1, 2.0)  # CHOICE: DINO's sigma, in pixels, along S in slices
 BLUR_RADIUS = 4  # sigma, where the Gaussian is cut off
-CONTRAST = (0.7, 1.5)  # CHOICE: a power of the intensity, within MONAI's RandAdjustContrast
+CONTRAST = (0.7, 1.5)  # CHOICE: a power of the intensity, narrower than MONAI's (0.5, 4.5)
 
 HIDDEN = 2048  # CHOICE: the head of the SimDINO code; Sec. 3.3 describes none
 OUT = 256
@@ -88,12 +89,13 @@ def apply_matrices(x, along_h, along_w, along_s=None):
     """V views of each sample: x (B, C, H, W, S) -> (B, V, C, H', W', S').
 
     Matrices (B, V, n_out, n_in), one for each axis; without along_s, S stays as it is. In the
-    einsums s, w and h are the axes that go in, and k, j and i those that come out. Axes are put in
-    such an order that the next one to be multiplied is the last in memory, which is fastest.
+    einsums s, w and h are the axes that go in, and k, j and i those that come out (without along_s,
+    k is S itself). In x, v has the size 1, and is broadcast over the views. Axes are put in such an
+    order that the next one to be multiplied is the last in memory, which is fastest.
     """
-    x = x.permute(0, 4, 1, 2, 3)[:, None]  # (B, 1, S, C, H, W), where S is the last in memory
+    x = x.permute(0, 4, 1, 2, 3)[:, None]  # (B, 1, S, C, H, W), a view: S is still last in memory
     if along_s is None:
-        x = x.contiguous()  # now W is
+        x = x.contiguous()  # now W is last in memory
     else:
         x = torch.einsum("bvks,bvschw->bvkchw", along_s, x)  # (B, V, S', C, H, W)
     x = torch.einsum("bvjw,bvkchw->bvjkch", along_w, x)  # (B, V, W', S', C, H)
@@ -150,7 +152,8 @@ def view_matrices(shape, kind, size, draw):
         start = place * (n_in - length)
         matrix = resample_matrix(start, length, n_in, size[axis], flips[axis])  # Resize
         if kind == "global1":  # GaussianBlur
-            # Algorithm 1 shifts before it blurs. That is the same, since rows sum to one.
+            # Algorithm 1 shifts before it blurs. That is the same, since rows sum to one and values
+            # are clipped after both.
             sigma = torch.where(draw.blur_coin < PROBABILITY, between(BLUR, draw.sigma), 0)
             matrix = blur_matrix(sigma, size[axis]) @ matrix  # (B, V, n_out, n_in)
         matrices.append(matrix)
@@ -167,7 +170,7 @@ def views_of_kind(x, kind, size, draws):
     matrices = view_matrices(x.shape[1:], kind, size, draw)
     views = apply_matrices(x, *matrices)  # (B, V, C, H', W', S')
 
-    if kind != "local":  # RandShiftIntensity. CHOICE: clipped to the range of the data, after it
+    if kind != "local":  # RandShiftIntensity. CHOICE: then clipped to [0, 1]
         shift = torch.where(draw.shift_coin < PROBABILITY, between(SHIFT, draw.shift), 0)
         views = (views + shift[..., None, None, None, None]).clamp(0, 1)
     if kind == "global2":  # Contrast adjust
@@ -189,9 +192,9 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
     """Algorithms 1-3: samples (B, C, H, W, S) in [0, 1] -> V views, (B, C, H', W', S') in [-1, 1].
 
     The two global views come first. Sides are s_g or s_l times the sample's, in whole patches.
-    local_views: how many an image has (Fig. 3a). generator: on the CPU. A view depends on its
-    sample and its row of random numbers alone, not on the rest of the batch or, but for rounding,
-    on the device.
+    local_views: how many an image has (Fig. 3a). generator: on the CPU. A view depends only on its
+    sample and its row of random numbers: not on the rest of the batch, and on the device only by
+    rounding.
     """
     is_image = sample_kind(x.shape[1:]) == "image"
     count = local_views if is_image else LOCAL_VIEWS_3D
@@ -212,7 +215,7 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
 def coding_rate(z, eps=0.5):
     """R(Z) = 1/2 logdet(I + d / eps^2 Gamma) of z (m, d), Gamma = Z^T Z / m (Sec. 3.3).
 
-    It is in nats a row, at precision eps; all of z takes m + d times that (Ma et al. 2007).
+    It is the nats that code a row of z up to a squared error of eps^2 (Ma et al. 2007).
     CHOICE: Gamma is the uncentred second moment, as in the SimDINO code; the paper has Cov. It is
     computed in float64 with autocast off: near collapse and with a small eps, fp32 depends on the
     order of summation and bf16 is NaN.
@@ -249,8 +252,8 @@ def gather_ranks(z):
     """(B, d) on each of R ranks -> (R B, d) on all, so that Z^T Z is that of all samples.
 
     CHOICE: rows are gathered instead of summing (d, d) matrices over ranks, so that coding_rate
-    can take the smaller of Z^T Z and Z Z^T. Gradients flow through a rank's own rows alone, R
-    times: DDP averages over ranks what is a sum here.
+    can take the smaller of Z^T Z and Z Z^T. A rank's gradient flows through its own rows alone.
+    The whole gradient is the sum over ranks, which DDP divides by R; so here it is taken R times.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
@@ -280,8 +283,9 @@ def simdino_loss(student, teacher, eps=0.5, gamma=None):
     the coding rate of the samples of all ranks, averaged over the two global views of the student.
 
     CHOICE: the rate is the student's alone, as the paper writes it, and of global views, as in the
-    SimDINO code. That code's default is the rate of (student + teacher) / 2, which has half the
-    gradient where the two agree. Its --eps is this eps squared.
+    SimDINO code. That code's default is the rate of (student + teacher) / 2. There the student has
+    the weight 1/2, so that the rate's gradient is half of ours where the two agree. Its --eps is
+    this eps squared.
     DEVIATION: the paper has gamma = 1. But the alignment is at most 2, while the rate can be 206
     nats where m >= d = 256 (`rate_range`). So gamma defaults to (d + m) / (d m), the balance of the
     SimDINO code, with m the rows of Z on all ranks.

@@ -94,7 +94,7 @@ def naive(queries, gallery, query_labels, gallery_labels, exclude, relevance):
         ranks = [place for place, good in enumerate(right, start=1) if good]
         top = [rank for rank in ranks if rank <= 10]
         result.append({"R@1": any(right[:1]), "R@5": any(right[:5]), "R@10": any(right[:10]),
-                       "P@10": sum(right[:10]) / min(10, len(gallery)),
+                       "P@10": sum(right[:10]) / min(10, max(1, len(candidates))),
                        "MnR": np.mean(top) if top else 11, "MdR": np.median(top) if top else 11,
                        "first": ranks[0] if ranks else len(candidates) + 1,
                        "relevant": len(ranks), "candidates": len(candidates)})
