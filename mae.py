@@ -121,11 +121,11 @@ class MAE(nn.Module):
     def loss(self, prediction, target):
         """L_MAE of Sec. 3.2, in fp32, of hidden patches (B, alpha N, P) -> scalar.
 
-        The paper sums over a patch's pixels, which is P times this mean. As in its equation, pixels
-        are not normalised patch by patch (norm_pix_loss of MAE's code).
+        The paper sums over the P values of a patch: its loss is P times this mean. As in its
+        equation, pixels are not normalised patch by patch (norm_pix_loss of MAE's code).
         """
-        # CHOICE: pixels lie in [-1, 1], as the encoder sees them; the paper's lie in [0, 1]. So the
-        # loss is four times as large, and zero predicts mid-grey, where it would predict black.
+        # CHOICE: pixels lie in [-1, 1], as the encoder sees them; the paper's lie in [0, 1]. So our
+        # loss is four times as large, and an output of 0 means mid-grey here, black in the paper.
         return (prediction.float() - target).square().mean()
 
     def forward(self, x, noise=None):
@@ -146,14 +146,15 @@ class MAE(nn.Module):
     def reconstruct(self, x, noise):
         """Arguments of `forward` -> original, masked, filled in, each (B, 3, H, W, S) in [0, 1].
 
-        An image, of which the decoder predicts ps equal slices, comes back as their first.
+        An image comes back as the first of the ps slices that the decoder predicts; their targets
+        are equal.
         """
         grid = self.encoder.grid(x.shape[2:])
         visible, hidden = self.mask(noise)
         prediction = self.decode(self.encode(x, visible), visible, hidden, grid)
         prediction = prediction.float()  # (B, alpha N, P)
 
-        # Hidden patches are mid-grey (zero) in the second picture, and predicted in the third.
+        # Hidden patches are 0, the middle of the range, in the second, and predicted in the third.
         patches = self.patches(x)  # (B, N, P)
         index = hidden[:, :, None].expand(-1, -1, patches.shape[-1])  # (B, alpha N, P)
         masked = patches.scatter(1, index, torch.zeros_like(prediction))  # (B, N, P)
@@ -167,7 +168,10 @@ class MAE(nn.Module):
 
 
 def load_mae(path):
-    """Checkpoint of `train.py --ssl mae` -> MAE with its decoder, in eval mode."""
+    """Checkpoint of `train.py --ssl mae` -> MAE with its decoder, in eval mode.
+
+    It holds config (of ViT), method (MAE.config) and model (all weights of MAE).
+    """
     state = read_checkpoint(path)
     if state.get("ssl") != "mae":
         raise UserError(f"{path} holds no MAE decoder: give a checkpoint of train.py --ssl mae")

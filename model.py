@@ -1,7 +1,8 @@
 """The 4D vision transformer of M3Ret (paper Sec. 3.1): one encoder for images, videos and volumes.
 
 In:  x (B, C, H, W, S), C in {1, 3}, intensities in [-1, 1]. S is 1 in an image, time in a video and
-     depth in a volume. All take the same path; only the functions that choose frames and crops ask
+     depth in a volume. All have the same weights and code; grey (C = 1) and images (S = 1) take a
+     shortcut with equal results (`ViT.tokens`). Only the functions that choose frames and crops ask
      what a sample is, by `sample_kind`.
 Out: tokens (B, [1+]N, D), where [1+] stands for a CLS token, and embeddings by `pool`.
 
@@ -70,8 +71,8 @@ def unit(x):
 def stack(samples):
     """Cached samples (C, H, W, S) of one shape -> (B, C, H, W, S), of their type if they share it.
 
-    Among float16, uint8 would lose its type, by which `unit` knows to divide by 255. So then all
-    become float32 in [0, 1].
+    torch.stack would make float16 of uint8 without dividing by 255. So samples of both types become
+    float32 in [0, 1] first.
     """
     dtypes = {sample.dtype for sample in samples}
     if len(dtypes) > 1:
@@ -224,7 +225,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm block (B, N, D) -> (B, N, D).
 
-    scale: two factors, one for each branch: 1.0, or (B, 1, 1) a sample (see `run_blocks`).
+    scale: a factor for each of the two branches, 1.0 or (B, 1, 1) for stochastic depth
+    (`run_blocks`).
     """
 
     def __init__(self, dim, heads):
@@ -354,7 +356,8 @@ def pool(tokens, how, cls_token=True):
     """Tokens (B, [1+]N, D) -> embeddings in float32 (Sec. 3.2, 3.3, Fig. 3).
 
     how: "cls", the CLS token (B, D); "avg", the mean of all others (B, D); "mix", both (B, 2D).
-    cls_token: whether the first token is one. UserError: another word, or no CLS token to take.
+    cls_token: whether the first token is one; those of MAE have none. UserError: another word, or
+    no CLS token to take.
     """
     if how not in ("avg", "cls", "mix"):
         raise UserError(f"pooling {how!r}: choose avg, cls or mix")
@@ -374,7 +377,10 @@ def pool(tokens, how, cls_token=True):
 @contextlib.contextmanager
 def as_user_error(
         path, problem="is damaged or not of this program: give a checkpoint.pt of train.py"):
-    """Inside, the errors of DAMAGED become a UserError that names path; OSErrors name it anyway."""
+    """Inside, the errors of DAMAGED become a UserError that names path.
+
+    OSErrors name it anyway. A UserError is none of DAMAGED, and passes unchanged.
+    """
     try:
         yield
     except DAMAGED as error:
@@ -445,8 +451,8 @@ LAYER_SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
 # MAE, DINO and SimDINO keep their flags (a Namespace) and rates (NumPy numbers) beside the weights.
 # Reading these types runs no code of the file.
 #
-# A pickled NumPy number names the function that makes it again. It is not public, but __reduce__
-# gives it first. NumPy 1 and 2 write two names for it, and both must be read.
+# A pickled NumPy number names the function that makes it again, which is private: __reduce__ gives
+# this function and its arguments. NumPy 1 and 2 write two names for it, and both must be read.
 NUMPY_SCALAR, _ = np.float64(0).__reduce__()
 FOREIGN_TYPES = [
     argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
@@ -520,15 +526,16 @@ def inflate_kernel(kernel, patch_size):
 def init_from_2d(encoder, path):
     """Start from a public 2D ViT or from a checkpoint of ours, for `train.py --init`.
 
-    Reads bare weights and training checkpoints of timm, MAE, DINO, DINOv2 and SimDINO. With equal
-    positions an image then has the tokens that the 2D network gives the same input. CHOICE: heads
-    are left out, and positions are ours, but for that of the CLS token; the kernel is not adapted
-    to our scale of inputs, [-1, 1], where most of these saw ImageNet's mean and std at 0 and 1. If
-    the file has no CLS token, it starts at random.
+    Reads bare weights and training checkpoints of timm, MAE, DINO, DINOv2 and SimDINO. If positions
+    were the same, and the kernel not resized, an image would have the tokens that the 2D network
+    gives it. CHOICE: positions are ours, but for that of the CLS token; inputs stay in [-1, 1],
+    where most of these networks saw ImageNet's mean and std taken away; heads are left out. If the
+    file has no CLS token, it starts at random.
 
-    Returns the ids (n,), int64, of the samples that a network of ours was trained on; None if they
-    are not known. UserError if the file holds no such network, one of another shape, or one with
-    registers, SwiGLU or RoPE.
+    Returns the ids (n,), int64, of the samples that a network of ours was trained on, so that
+    evaluation can tell which queries it has seen; None if they are not known, as of a foreign file,
+    or of a run of ours that began with one (ids_known is False). UserError if the file holds no
+    such network, one of another shape, or one with registers, SwiGLU or RoPE.
     """
     with torch.serialization.safe_globals(FOREIGN_TYPES):
         state = read_checkpoint(path)
@@ -570,9 +577,9 @@ SOFT_TISSUE = (-160, 240)  # HU
 
 
 def display_range(sample, modality):
-    """The two values of a cached sample that a picture shows as black and as white."""
+    """The two values of a cached sample (tensor) that a picture shows as black and as white."""
     # The cache keeps CT as float16 of HU_RANGE, but for CT images of 8 bits, windowed long before.
-    if modality != "ct" or sample.dtype in (torch.uint8, np.uint8):
+    if modality != "ct" or sample.dtype == torch.uint8:
         return 0.0, 1.0
     low, high = HU_RANGE
     black, white = SOFT_TISSUE
@@ -626,8 +633,9 @@ def parse_picture_arguments(parser, out):
 def read_sample_to_draw(args):
     """The file of args -> a batch of this sample (1, C, H, W, S) in [0, 1], its display_range."""
     modality, array = read_any(args.file, args.modality, size=args.size)  # (C, H, W, S)
-    x = unit(torch.from_numpy(array)[None])  # (1, C, H, W, S)
-    return take_frames_evenly(x), display_range(array, modality)
+    sample = torch.from_numpy(array)
+    x = unit(sample[None])  # (1, C, H, W, S)
+    return take_frames_evenly(x), display_range(sample, modality)
 
 
 def save_montage(path, rows, gap=4):

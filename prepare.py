@@ -64,8 +64,9 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-# To add a modality, append its name. Volumes of that modality, and images of more than 8 bits,
-# are stretched by percentiles.
+# To add a modality, append its name here; if DICOM headers say it, also to DICOM_MODALITIES and, if
+# its files are slices, to VOLUME_MODALITIES. Its volumes, and its images of more than 8 bits, are
+# stretched by percentiles.
 MODALITIES = ("xray", "ultrasound", "endoscopy", "ct", "mri")
 ABOUT_MODALITIES = (f"one of {', '.join(MODALITIES)}; for another add the word to MODALITIES "
                     "in prepare.py")
@@ -273,7 +274,7 @@ class Slice(NamedTuple):
     direction: tuple  # (6,) unit vectors along a row and along a column; () if it is not told
     spacing: tuple  # (2,) mm from row to row, from column to column
     position: tuple  # (3,) mm, the centre of the first pixel
-    number: int  # InstanceNumber, or the frame's
+    number: int  # InstanceNumber, if there is one, plus the frame
     values: tuple  # of PASS_TAGS, as text
 
 
@@ -435,7 +436,8 @@ def read_header(source, path, modality, allow_2d):
     parts = body_parts(ds.get("BodyPartExamined"), ds.get("ProtocolName"),
                        ds.get("SeriesDescription"), ds.get("StudyDescription"))
     patient = str(ds.get("PatientID") or "")
-    sample = Sample([path], "dicom", modality, parts, patient)
+    # Body parts are the labels, unless the user gives others.
+    sample = Sample([path], "dicom", modality, labels=parts, patient=patient)
     if modality not in VOLUME_MODALITIES:
         return sample
 
@@ -493,7 +495,7 @@ def split_by_geometry(slices):
 
 
 def positions_along_normal(slices):
-    """(n,) mm along the normal of the first slice, by which they are sorted (PS3.3 C.7.6.2.1.1)."""
+    """Where each slice lies along the normal of the first, (n,) mm (PS3.3 C.7.6.2.1.1)."""
     direction = slices[0].direction
     normal = np.cross(direction[:3], direction[3:])
     return np.array([one.position for one in slices]) @ normal
@@ -567,8 +569,8 @@ def pass_by_rank(places):
             for slices in places]
 
 
-def differ_only_from(places, tag):
-    """True if slices of one place have the same values of all PASS_TAGS before one."""
+def agree_before(places, tag):
+    """True if the slices of each place have the same values of PASS_TAGS[:tag]."""
     return all(len({one.values[:tag] for one in slices}) == 1 for slices in places)
 
 
@@ -582,7 +584,7 @@ def acquisitions_meet(places):
         for one in slices:
             covered.setdefault(one.values[ACQUISITION_NUMBER], []).append(n)
 
-    # Each lies in one piece, and between two pieces at most one place is of both.
+    # Each lies in one piece. n pieces have n - 1 joints; no more places than that may be shared.
     for numbers in covered.values():
         if numbers != list(range(numbers[0], numbers[-1] + 1)):
             return False
@@ -603,7 +605,8 @@ def choose_pass(places):
     if all(len(slices) == 1 for slices in places):
         return [slices[0] for slices in places]
 
-    # Passes as a rule repeat all of the body. Of one tag's pass another tag may be the parts.
+    # As a rule a pass covers the whole body. What one tag selects may hold several passes, which
+    # another tag tells apart.
     part, largest = pass_by_tag(places)
     if part:
         return choose_pass(part)
@@ -612,14 +615,14 @@ def choose_pass(places):
 
     # Else only some places have more than one slice: where acquisitions meet one of them is taken.
     doubled = [slices for slices in places if len(slices) > 1]
-    if differ_only_from(doubled, ACQUISITION_NUMBER) and acquisitions_meet(places):
+    if agree_before(doubled, ACQUISITION_NUMBER) and acquisitions_meet(places):
         return [min(slices, key=lambda one: one.number) for slices in places]
 
-    # What differs in no tag may be a copy; so may a few slices that differ in their times alone.
-    may_be_copies = differ_only_from(doubled, len(PASS_TAGS))
+    # What differs in no tag may be a copy. At half of the places or less, times may differ too.
+    compared = len(PASS_TAGS)
     if len(doubled) <= len(places) // 2:
-        may_be_copies = differ_only_from(doubled, ACQUISITION_NUMBER + 1)
-    if may_be_copies:
+        compared = ACQUISITION_NUMBER + 1
+    if agree_before(doubled, compared):
         return [one for slices in places for one in slices]
     raise Rejected(f"no pass covers the {len(places)} places of this series, the largest {largest}")
 
@@ -646,9 +649,10 @@ def choose_slices(slices):
 
 
 def make_volume(slices, header_of, key, allow_2d):
-    """Slices of one geometry -> samples, one volume if they make one, [(path, reason)] left out.
+    """Slices of one geometry -> samples and left_out.
 
-    header_of: {file: its sample}. With allow_2d, files of one slice that make no volume are images.
+    samples: one volume, if they make one; else, with allow_2d, an image for each file of one slice.
+    left_out: [(path, reason)]. header_of: {file: its sample}.
     """
     # Of a file that was sent twice, under two names, one is read.
     originals = {}  # {header without the name: the first slice}
@@ -821,7 +825,7 @@ def comparable(path):
 
 
 class Row(NamedTuple):
-    """What a user says of a file, of a series by any of its files, or of all files of a folder."""
+    """What a user says of a file, of a series by any of its files, or of the files in a folder."""
     labels: tuple
     split: str = ""
     patient: str = ""
@@ -834,8 +838,8 @@ def read_labels(path):
     rows = {}
     for line, cells in read_table(path, errors="strict"):
         place = f"{path}, line {line}"
-        if "path" not in cells or "labels" not in cells:
-            raise UserError(f"{place}: needs the columns path and labels")
+        if not cells.get("path") or "labels" not in cells:
+            raise UserError(f"{place}: needs the columns path and labels, and a path")
         name = comparable(cells["path"])
         if name in rows:
             raise UserError(f"{place}: {name} again; one row says it all")
@@ -874,8 +878,9 @@ def rows_of_table(files, table):
 
 
 def rows_of_folders(files):
-    """{path: Row} by names of folders. The innermost is the label, as in torchvision's ImageFolder.
+    """{path: Row} by names of folders. The innermost is the label.
 
+    In a tree of one level that is what torchvision's ImageFolder does; it takes the outermost.
     Folders named train, val, valid or test, above or below that of the label, are splits.
     """
     rows = {}
@@ -949,13 +954,17 @@ def find_in_folder(source, files, options):
 
     samples, rejected = find_samples(source, files, modality_of, options.allow_2d, options.workers)
     for sample in samples:
-        for path in sample.files:
-            # Of a series the first file that has a row speaks for all.
-            if path in rows:
-                sample.labels = rows[path].labels
-                sample.split = rows[path].split
-                sample.patient = rows[path].patient or sample.patient
-                break
+        # Of a series the first file that has a row speaks for all.
+        path = next((path for path in sample.files if path in rows), None)
+        if path is None:
+            continue
+        row = rows[path]
+        if row.modality and row.modality != sample.modality:
+            raise UserError(f"{options.labels}, line {row.line}: modality of one file of a series; "
+                            "name the folder of the series, or give --modality")
+        sample.labels = row.labels
+        sample.split = row.split
+        sample.patient = row.patient or sample.patient
     return samples, rejected
 
 
@@ -1236,7 +1245,7 @@ def deep_values(image, notes):
         pixels = pixels.view(np.uint32)  # Pillow has no such mode
     values = pixels.astype(np.float32)
     if tags.get(PHOTOMETRIC) == 0:  # Pillow exchanges black and white in 1 and 8 bits only
-        values = 1 - values  # all pages alike; the stretch that follows brings them to [0, 1]
+        values = 1 - values  # of integers negative, until read_image stretches them to [0, 1]
     finite = np.isfinite(values)
     if not finite.any():
         raise Rejected("blank, no pixel has a value")
@@ -1273,7 +1282,8 @@ def read_image(paths, sample, count, seed):
     planes = []
     deep = []  # numbers of the planes with more than 8 bits
 
-    # Pillow gets the file, not its name: a file that it knows by name it maps, and turns wrongly.
+    # Pillow gets the file, not its name: given a name it maps the file into memory, and then turns
+    # some TIFF files wrongly.
     with open(paths[0], "rb") as file:
         image = Image.open(file, formats=IMAGE_FORMATS)
         for page in choose_pages(image, count, seed, notes):
@@ -1324,23 +1334,26 @@ def measure_streams(source):
     """
     with open_video(source) as video:
         streams = video._container.streams.video
+        if not streams:
+            raise Rejected("no video in it")
         packets = [0] * len(streams)
-        ends = [0] * len(streams)  # start of the last packet, in units of the stream's clock
+        last_starts = [0] * len(streams)  # of a packet, in units of the stream's clock
         for packet in video._container.demux(*streams):
             if packet.size == 0:  # a dropped frame
                 continue
             n = streams.index(packet.stream)
             packets[n] += 1
             if packet.pts is not None:
-                ends[n] = max(ends[n], packet.pts - (packet.stream.start_time or 0))
+                start = packet.pts - (packet.stream.start_time or 0)
+                last_starts[n] = max(last_starts[n], start)
         longest = int(np.argmax(packets))
         duration = streams[longest].duration
 
     length = packets[longest]
     if duration and length > 1:
         one_frame = duration / length
-        if ends[longest] + one_frame < LEAST_LENGTH * duration:
-            declared = round(length * duration / max(ends[longest], 1))
+        if last_starts[longest] + one_frame < LEAST_LENGTH * duration:
+            declared = round(length * duration / max(last_starts[longest], 1))
             raise Rejected(f"damaged, ends before frame {length} of its {declared}")
     return longest, length
 

@@ -3,9 +3,10 @@
     python train.py --ssl simdino                                    # one process, CPU or GPU
     torchrun --nproc_per_node=16 train.py --ssl mae                  # one process per GPU
 
-All that a step does follows from (seed, step, rank), so the same command again goes on as if it
-had never stopped. Writes to runs/NAME/: checkpoint.pt; log.jsonl, a line for every step (if a step
-was done twice, the later line counts); and DONE at the end. `fit` is the training loop.
+All that a step does follows from (seed, step, rank), so that the same command again goes on as if
+it had never stopped. Writes to runs/NAME/: checkpoint.pt; log.jsonl, a line for every step, with
+the loss of the first process (if a step was done twice, the later line counts); and DONE at the
+end. `fit` is the training loop.
 """
 import argparse
 import contextlib
@@ -22,8 +23,8 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import NamedTuple
 
-# A thread that waits for another sleeps: by default it spins, and takes the processor from the one
-# it waits for wherever other programs run. OpenMP reads this once, when torch is imported.
+# Threads that wait for others sleep. By default they spin, and on a busy machine they then take the
+# processor from the very thread they wait for. OpenMP reads this once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -50,11 +51,17 @@ RESUME_MAY_CHANGE = {"preset", "data", "out", "workers", "max_steps", "save_minu
 # Samples of these splits are never trained on; the tasks of evaluate.py query them.
 HELD_OUT = ("val", "test")
 
-# A small network for minutes on a CPU. The gamma is that of the paper's 256 volumes, and the low
-# momentum makes the teacher follow quickly (docs/learning.md).
+# A small network for minutes on a CPU. The gamma is (d + m) / (d m) for d = 256 and the paper's
+# m = 256 volumes a step. The low momentum makes the teacher follow quickly (docs/learning.md).
 SMALL = dict(arch="vit_xs", patch_size=8, batch_size=48, local_views=2, gamma=0.0078, momentum=0.9)
 PRESETS = {"demo": SMALL | dict(batch_size_3d=48, epochs=80), "small": SMALL}
 
+
+# Random numbers for different purposes have different seeds: seed_of(--seed, one of these, ...).
+FOR_WEIGHTS = 0
+FOR_DROP_PATH = 1
+FOR_INPUTS = 2  # masks and views
+FOR_FRAMES = 3  # of videos
 
 # ---- schedule -----------------------------------------------------------------------------------
 class Group(NamedTuple):
@@ -171,7 +178,7 @@ class Schedule:
     def batch(self, step):
         """Step number -> Step."""
         modality, numbers = self.plan(step // self.per_epoch)[step % self.per_epoch]
-        share = len(numbers) // self.world  # whole: a global batch is a multiple of it
+        share = len(numbers) // self.world  # exact: a global batch is world times it
         own = numbers[self.rank * share:(self.rank + 1) * share]
         return Step(modality, numbers, own)
 
@@ -257,9 +264,10 @@ def build_method(args, device, init=None):
     """The method that the flags name, on the device; on a GPU its blocks are compiled.
 
     The encoder starts from the file `init`, if there is one. Returns the method, and the ids of the
-    samples that the network of the file was trained on: none (0,) without a file, None if unknown.
+    samples that the network of the file was trained on: an empty tensor without a file, None if the
+    file does not tell.
     """
-    torch.manual_seed(seed_of(args.seed, 0))  # of the untrained weights
+    torch.manual_seed(seed_of(args.seed, FOR_WEIGHTS))
     patch_size = (args.patch_size, args.patch_size, PATCH_SIZE[-1])
 
     # Only SimDINO has a CLS token (Sec. 3.3) and stochastic depth.
@@ -275,7 +283,7 @@ def build_method(args, device, init=None):
         method = MAE.for_encoder(encoder)
 
     if device.type == "cuda":
-        # Each shape has its own graph; modalities and views have fewer shapes than this limit.
+        # Each shape has its graphs, with and without gradients: far fewer than this limit.
         torch._dynamo.config.recompile_limit = 64
         for module in method.modules():
             if isinstance(module, Block):
@@ -350,6 +358,7 @@ def resume(path, run_info, method, optimizer, rank):
     """
     state = read_checkpoint(path)
     with as_user_error(path, "is damaged or does not fit: choose another --out"):
+        # A UserError passes through as_user_error unchanged.
         differences = list_differences(json.loads(state["flags"]), json.loads(run_info["flags"]))
         if differences:
             raise UserError(f"{path} was made {', '.join(differences)}: repeat that, or choose "
@@ -360,7 +369,8 @@ def resume(path, run_info, method, optimizer, rank):
         run_info["ids"] = torch.cat([state["ids"], run_info["ids"]]).unique()
         run_info["ids_known"] = state.get("ids_known", True)
 
-        # With other processes or data the run has another length; the same share of it is done.
+        # With another number of processes, or other data, the run has another length; the same
+        # share of it is done.
         old_total = state["total"]
         new_total = run_info["total"]
         done = state["step"] * new_total // old_total
@@ -388,7 +398,7 @@ def any_rank(*flags):
 def read_numbers(values):
     """Scalars by name, tensors or plain numbers -> the same as floats.
 
-    All tensors come from the device in one transfer: every one of them would wait for it.
+    All tensors come from the device in one transfer: one for each would wait for it each time.
     """
     names = [name for name, value in values.items() if torch.is_tensor(value)]
     numbers = torch.stack([values[name].detach().float() for name in names]).tolist()
@@ -405,15 +415,16 @@ def catch_signals():
     return signals
 
 
-def ignore_group_signals(worker):
-    """Keep a loader process from signals to the whole group: training needs it until it saves."""
+def leave_process_group(worker):
+    """Keep Ctrl-C from a loader process: training needs it until its last step is done."""
     os.setpgrp()
 
 
 def make_batch(samples):
     """Samples (C, H, W, S) -> (B, C, H, W, S), which a loader process puts into shared memory.
 
-    Done later, by the queue between them, a full /dev/shm would be an error that no one hears of.
+    Done here, a full /dev/shm is an error of the loader, which is reported. The queue, which else
+    would do it, loses that error.
     """
     batch = stack(samples)
     if get_worker_info():
@@ -422,9 +433,9 @@ def make_batch(samples):
 
 
 class TrainingSamples(CachedDataset):
-    """Samples (C, H, W, S) as cached, but of a video the frames that one step takes (Algorithm 2).
+    """Samples (C, H, W, S) as cached; videos are cut to the frames of one step (Algorithm 2).
 
-    They are drawn where the file is read: a quarter of the video is all that is moved from there.
+    That is done in the loader, so that only a quarter of a video is moved from there.
     """
 
     def __getitem__(self, item):
@@ -437,14 +448,17 @@ def draw_items(schedule, start, stop):
     """What this rank reads for each step, start to stop - 1: [(row number, seed of frames)]."""
     for step in range(start, stop):
         numbers = schedule.batch(step).own
-        yield [(number, seed_of(schedule.seed, 3, step, number)) for number in numbers]
+        items = []
+        for number in numbers:
+            items.append((number, seed_of(schedule.seed, FOR_FRAMES, step, number)))
+        yield items
 
 
 def make_loader(args, schedule, start, stop, device):
     """This rank's batches of the steps start .. stop - 1, each (B, C, H, W, S) on the CPU."""
     items = draw_items(schedule, start, stop)
     return DataLoader(TrainingSamples(schedule.rows), batch_sampler=items, collate_fn=make_batch,
-                      num_workers=args.workers, worker_init_fn=ignore_group_signals,
+                      num_workers=args.workers, worker_init_fn=leave_process_group,
                       pin_memory=device.type == "cuda")
 
 
@@ -455,7 +469,7 @@ def copy_ahead(loader, device):
             yield batch.to(device)
         return
 
-    # The copy of a batch has a stream of its own, and begins before the step that is now ready.
+    # A batch is copied on a stream of its own, which starts before the batch that is ready is used.
     copying = torch.cuda.Stream()
     ready = None
     for batch in loader:
@@ -464,7 +478,8 @@ def copy_ahead(loader, device):
         if ready is not None:
             yield ready
         torch.cuda.current_stream().wait_stream(copying)
-        batch.record_stream(torch.cuda.current_stream())  # its memory is in use until that is done
+        # Its memory is free only when the step that uses it is done.
+        batch.record_stream(torch.cuda.current_stream())
         ready = batch
     if ready is not None:
         yield ready
@@ -554,9 +569,10 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
             lr = learning_rate(step, schedule.total, schedule.warmup, args.lr)
             set_rates(optimizer, method, lr, progress)
 
-            # All random numbers of a step follow from (seed, step, rank).
-            torch.manual_seed(seed_of(args.seed, 1, step, schedule.rank))  # stochastic depth
-            generator = torch.Generator().manual_seed(seed_of(args.seed, 2, step, schedule.rank))
+            # All that is random here follows from (seed, step, rank).
+            torch.manual_seed(seed_of(args.seed, FOR_DROP_PATH, step, schedule.rank))
+            input_seed = seed_of(args.seed, FOR_INPUTS, step, schedule.rank)
+            generator = torch.Generator().manual_seed(input_seed)
             x = unit(batch)  # (B, C, H, W, S) in [0, 1]
             inputs = method.make_inputs(x, generator)  # a mask, or views
 
@@ -570,13 +586,12 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
             # ranks skip the same steps, and after a signal to any of them all leave at one step.
             bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
             bad, signalled = any_rank(bad, torch.full_like(bad, len(signals) > 0))
-            values = {"loss": loss, **parts, "lr": lr, "grad_norm": norm, "skipped": bad}
-            values = read_numbers({**values, "stopping": signalled})
+            values = read_numbers({"loss": loss, **parts, "lr": lr, "grad_norm": norm,
+                                   "skipped": bad, "stopping": signalled})
             stopping = values.pop("stopping")  # 1.0 or 0.0
             if not values["skipped"]:
                 optimizer.step()
                 method.after_step(progress)  # SimDINO: the teacher follows
-
             log.write(step, values, time.monotonic() - clock, waited)
 
             # A checkpoint is large: it is written every few minutes, and before the run ends.
@@ -631,7 +646,7 @@ def add_flags(parser):
     flag("--data-fraction", type=within(1e-6, 1), default=1.0, help="of each modality, nested")
     flag("--local-views", type=natural, default=LOCAL_VIEWS_2D, help="simdino: of an image")
     flag("--gamma", type=within(0),
-         help="simdino: weight of the coding rate (default: (d + m) / (d m))")
+         help="simdino: weight of the coding rate (default: (d + m) / (d m), d = 256, m of a step)")
     flag("--momentum", type=within(0, 1), default=MOMENTUM, help="simdino: lower in short runs")
     flag("--init",
          help="start from a 2D ViT of the timm, DINO or MAE family, or another run's checkpoint")
@@ -652,7 +667,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(parser)
 
-    # A preset replaces the defaults; a flag that is given goes before it.
+    # A preset replaces defaults, and flags that are given override it: it is found first, and then
+    # the flags are read again.
     args, _ = parser.parse_known_args()
     if args.preset:
         parser.set_defaults(**PRESETS[args.preset])
@@ -732,7 +748,7 @@ def main():
         for (folder, modality), n in sorted(counts.items()):
             print(f"training on {folder}: {n} {modality}")
 
-    # The network as it starts, or as an earlier run left it, is trained.
+    # A run that goes on has its weights from checkpoint.pt; only a new one reads --init.
     method, init_ids = build_method(args, device, init=None if exists else args.init)
     optimizer = make_optimizer(method)
     run_info = describe_run(args, method, schedule, init_ids)

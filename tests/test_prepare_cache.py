@@ -464,6 +464,19 @@ def test_an_error_of_our_own_is_not_taken_for_a_wrong_layout(tmp_path, monkeypat
         prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data")
 
 
+def test_a_table_that_gives_a_modality_to_one_slice_of_a_series_is_refused_by_line(tmp_path, monkeypatch):
+    """The other slices would be of another modality: the row must name the folder."""
+    volume, affine = phantom()
+    series(tmp_path / "data/a", volume, affine)
+    one = sorted((tmp_path / "data/a").iterdir())[1].name
+    (tmp_path / "labels.csv").write_text(f"path,labels,modality\na/{one},x,mri\n")
+    with pytest.raises(UserError, match="labels.csv, line 2: modality of one file of a series"):
+        prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--labels", tmp_path / "labels.csv")
+    (tmp_path / "labels.csv").write_text("path,labels,modality\na,x,mri\n")
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--labels", tmp_path / "labels.csv")
+    assert [(row["modality"], row["labels"]) for row in kept.values()] == [("mri", ("x",))]
+
+
 @pytest.mark.parametrize("arguments", [
     ["folder", ".", "--shard", "2/2"], ["folder", ".", "--shard", "0/0"], ["folder", ".", "--shard", "1"],
     ["folder", ".", "--name", "../../etc"], ["folder", ".", "--name", ".x"], ["folder", ".", "--size", "0"],
