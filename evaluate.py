@@ -185,7 +185,10 @@ def paper_setting(name, rows):
     if not queries:
         raise UserError(f"{name}: no sample has the split and labels it needs: "
                         f"prepare.py {task.cache}")
-    return Setting(name, queries, gallery, task.label_prefix, task.relevance, PAPER[name])
+
+    # The paper's numbers are of its data: they are shown beside at least half of it.
+    paper = PAPER[name] if len(gallery) >= task.paper_size / 2 else ()
+    return Setting(name, queries, gallery, task.label_prefix, task.relevance, paper)
 
 
 def group_samples(task, rows, key_of):
@@ -630,7 +633,7 @@ def provenance(name, meta, pool, queries):
 
 def compare_pretraining(setting, meta):
     """Table 4's rows for a run that was trained on one modality alone, else None."""
-    if setting.name not in PAPER_TABLE_4:
+    if not setting.paper or setting.name not in PAPER_TABLE_4:
         return None
     flags = json.loads(meta.get("flags") or "{}")
     if len(flags.get("modalities", [])) != 1:
