@@ -727,7 +727,7 @@ def draw_hits(path, queries, scores, indices, rows):
 def search_files(args, device):
     """Embed the files of --search as the galleries were, and print or write their nearest samples.
 
-    Returns the number of files that were refused.
+    Returns the number of files that were searched for; those refused are named on stderr.
     """
     # The samples of all galleries are searched as one.
     galleries = read_galleries(args.gallery, args.caches)
@@ -742,7 +742,7 @@ def search_files(args, device):
     sizes = galleries[0].meta["sizes"]
     queries = read_queries(args.search, args.modality, likely, sizes, embedder, device)
     if not queries:
-        return len(args.search)
+        return 0
 
     # All queries are searched for at once.
     query_vectors = torch.stack([query.vector for query in queries])  # (m, D)
@@ -762,7 +762,7 @@ def search_files(args, device):
         print(format_table(hits, "\t").decode(), end="")
     if args.figure:
         draw_hits(args.figure, queries, scores, indices, rows)
-    return len(args.search) - len(queries)
+    return len(queries)
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -820,8 +820,8 @@ def main():
     args = parse_arguments()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if args.search:
-        if search_files(args, device) > 0:
-            sys.exit(1)  # a file was refused
+        if search_files(args, device) == 0:
+            sys.exit(1)  # all files were refused
         return
 
     embedder = load_embedder(args.encoder or "m3ret", args.checkpoint, device)
