@@ -40,6 +40,7 @@ from model import (ARCHS, PATCH_SIZE, Block, ViT, as_user_error, init_from_2d, r
 from prepare import MODALITIES, CachedDataset, UserError, cli, read_samples
 from simdino import DROP_PATH, LOCAL_VIEWS_2D, MOMENTUM, SimDINO, cosine
 
+PAPER_MODALITIES = [modality for modality in MODALITIES if modality != "mri"]  # Sec. 3.4
 WARMUP_EPOCHS = 10  # Sec. 3.4, of 300 epochs
 # CHOICE: the warm-up takes a tenth of the run at most, so that short runs reach the peak rate too.
 WARMUP_SHARE = 0.1
@@ -110,7 +111,7 @@ def plan_epoch(groups, seed, epoch):
 
 
 def flag_name(key):
-    """The flag as typed of a name in args: save_minutes -> --save-minutes."""
+    """The name of a value in args -> its flag, as typed: save_minutes -> --save-minutes."""
     return "--" + key.replace("_", "-")
 
 
@@ -133,7 +134,8 @@ def make_groups(rows, args, world=1, verbose=True):
         else:
             left_out.append(group)
 
-    # A small group beside a large one is left out, but never all that there is of a modality.
+    # A group that fills no batch is left out, but not if its modality has no other. The largest
+    # comes first, so that the error names the largest batch that would do.
     filled = {group.modality for group in groups}
     for group in sorted(left_out, key=lambda group: len(group.members), reverse=True):
         if group.modality not in filled:
@@ -213,7 +215,7 @@ def select_rows(folders, modalities, fraction, verbose=True):
 
     An id is one sample. Where caches share it (RadGenome has volumes of CT-RATE), it is trained on
     once, as the first of them has it, and not at all if any of them holds it out.
-    `fraction` of each modality is taken, the larger ones containing the smaller ones (Sec. 4.4).
+    `fraction` of each modality is taken; a larger share contains a smaller one (Sec. 4.4).
     UserError if a cache or a modality is named twice, or if nothing is left.
     """
     if len(set(modalities)) < len(modalities):
@@ -228,7 +230,7 @@ def select_rows(folders, modalities, fraction, verbose=True):
         if row["id"] not in held_out_ids:
             by_id.setdefault(row["id"], row)
     if verbose:
-        report_rows(rows, held_out_ids, by_id)
+        report_rows(rows, modalities, held_out_ids, by_id)
 
     # Ids are hashes: sorted by them, samples are in random order, the same one in every run.
     ordered = sorted(by_id.values(), key=lambda row: row["id"])
@@ -238,17 +240,20 @@ def select_rows(folders, modalities, fraction, verbose=True):
         chosen.extend(group[:math.ceil(fraction * len(group))])
 
     if not chosen:
-        raise UserError(f"{', '.join(map(str, folders))}: no {' or '.join(modalities)} samples but "
-                        "of split val or test; prepare some, or name others with --data and "
+        raise UserError(f"{', '.join(map(str, folders))}: no {' or '.join(modalities)} samples "
+                        "outside split val and test; prepare some, or name others with --data and "
                         "--modalities")
     return chosen
 
 
-def report_rows(rows, held_out_ids, by_id):
+def report_rows(rows, modalities, held_out_ids, by_id):
     """Print which samples are kept out of training, and which of the others a task would query."""
     kept_out = Counter(row["folder"] for row in rows if row["id"] in held_out_ids)
     for folder, n in kept_out.items():
         print(f"kept out of training: {n} samples of {folder}, of split val or test")
+
+    for modality in sorted(set(modalities) - {row["modality"] for row in rows}):
+        print(f"note: no samples of {modality} in --data")
 
     repeated = len(rows) - sum(kept_out.values()) - len(by_id)
     if repeated:
@@ -456,6 +461,7 @@ def draw_items(schedule, start, stop):
 
 def make_loader(args, schedule, start, stop, device):
     """This rank's batches of the steps start .. stop - 1, each (B, C, H, W, S) on the CPU."""
+    # Each list of items is a batch, and each item an argument of TrainingSamples.__getitem__.
     items = draw_items(schedule, start, stop)
     return DataLoader(TrainingSamples(schedule.rows), batch_sampler=items, collate_fn=make_batch,
                       num_workers=args.workers, worker_init_fn=leave_process_group,
@@ -506,6 +512,7 @@ class Log:
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
 
+        # Steps are counted from 1, as those that are done; epochs from 0, as the one at work.
         record = {"step": step + 1, "epoch": step // self.schedule.per_epoch, "modality": modality}
         for name, value in values.items():
             record[name] = value if math.isfinite(value) else None  # JSON has no NaN
@@ -525,7 +532,7 @@ class Log:
 
 @contextlib.contextmanager
 def naming_the_remedy():
-    """Inside, what the machine lacks to load samples or to compile becomes one line."""
+    """Inside, errors of loader processes and of torch.compile become a UserError with a remedy."""
     try:
         yield
     except (RuntimeError, subprocess.CalledProcessError) as error:
@@ -582,8 +589,8 @@ def fit(args, run_info, method, optimizer, schedule, start, device):
             loss.backward()  # DDP averages gradients over ranks here
             norm = nn.utils.clip_grad_norm_(method.parameters(), method.CLIP_GRAD)
 
-            # A step that is not finite is skipped: tried again, it would draw the same numbers. All
-            # ranks skip the same steps, and after a signal to any of them all leave at one step.
+            # A step that is not finite is skipped. All ranks skip the same steps, and after a
+            # signal to any of them all leave at one step.
             bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
             bad, signalled = any_rank(bad, torch.full_like(bad, len(signals) > 0))
             values = read_numbers({"loss": loss, **parts, "lr": lr, "grad_norm": norm,
@@ -641,7 +648,7 @@ def add_flags(parser):
     flag("--batch-size-3d", type=count, default=16, help="volumes per process")
     flag("--lr", type=within(1e-9, 1), default=1e-3,
          help="peak rate; lower it if the loss turns NaN")
-    flag("--modalities", nargs="+", choices=MODALITIES, default=[*MODALITIES[:4]],
+    flag("--modalities", nargs="+", choices=MODALITIES, default=PAPER_MODALITIES,
          help="mri only if named")
     flag("--data-fraction", type=within(1e-6, 1), default=1.0, help="of each modality, nested")
     flag("--local-views", type=natural, default=LOCAL_VIEWS_2D, help="simdino: of an image")
@@ -677,7 +684,7 @@ def parse_arguments():
         words = [f"{flag_name(key)} {getattr(args, key)}" for key in PRESETS[args.preset]]
         print("preset:", *words)
 
-    # Phantoms are never mixed with real images: the demo counts only where it is the only cache.
+    # The demo's phantoms are never mixed with real images: they count where there is nothing else.
     caches = sorted(file.parent for file in Path("cache").glob("*/samples.csv"))
     real = [folder for folder in caches if folder.name != "demo"]
     args.data = args.data or real or caches or [Path("cache")]
@@ -718,7 +725,7 @@ def open_run(out, process):
     out.mkdir(parents=True, exist_ok=True)
     lock = None
     if process.rank == 0:
-        lock = open(out / ".lock", "w")  # held as long as this process lives
+        lock = open(out / ".lock", "w")  # held until it is closed
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -742,7 +749,7 @@ def main():
     # The samples and their order are known before the run folder is touched.
     rows = select_rows(args.data, args.modalities, args.data_fraction, verbose=rank == 0)
     schedule = Schedule(rows, args, rank, world)
-    exists, lock = open_run(args.out, process)
+    exists, lock = open_run(args.out, process)  # lock: kept until the end, closing it unlocks
     if rank == 0:
         counts = Counter((row["folder"], row["modality"]) for row in rows)
         for (folder, modality), n in sorted(counts.items()):
