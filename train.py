@@ -23,9 +23,11 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import NamedTuple
 
-# Threads that wait for others sleep. By default they spin, and on a busy machine they then take the
-# processor from the very thread they wait for. OpenMP reads this once, when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A thread that waits for others spins for a moment and then sleeps. By default it spins long, and on
+# a busy machine it then takes the processor from the very thread it waits for; to sleep at once is
+# slow on an idle one. OpenMP reads this once, when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
