@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (FRAME_GREY, PICTURE_FORMATS, ViT, display_range, draw_tile, load_encoder,
-                   normalize, pool, read_checkpoint, sample_kind, save_montage, stack,
+from model import (FRAME_GREY, GRID_CELLS, PICTURE_FORMATS, ViT, display_range, draw_tile,
+                   load_encoder, normalize, pool, read_checkpoint, sample_kind, save_montage, stack,
                    take_frames_evenly, unit, weights_sha256)
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
@@ -117,6 +117,24 @@ def search(queries, gallery, k):
     return scores, indices
 
 
+def centre_parts(queries, gallery, meta):
+    """Vectors of --pool grid -> vectors to compare; others are returned as they are.
+
+    Beyond the paper (docs/learning.md). Each part of queries (m, D) and gallery (n, D), which are
+    arrays or tensors, is taken less its mean over the gallery and at length one, so that all parts
+    count alike. meta: of the file that they are from.
+    """
+    if meta.get("pool") != "grid":
+        return queries, gallery
+    gallery = torch.as_tensor(gallery)
+    mean = gallery.mean(dim=0)  # (D,)
+    centred = []
+    for vectors in (torch.as_tensor(queries), gallery):
+        parts = (vectors - mean).split(meta["parts"], dim=1)
+        centred.append(torch.cat([F.normalize(part, dim=1) for part in parts], dim=1))
+    return centred
+
+
 # ---- encoders -----------------------------------------------------------------------------------
 def pixels(x):
     """Baseline (B, C, H, W, S) -> (B, 1024): the mean slice in 32 x 32 pixels, less their mean."""
@@ -183,7 +201,7 @@ def load_foreign_encoder(name, device):
     return embed, code_sha256
 
 
-def load_vit(name, checkpoint, device):
+def load_vit(name, checkpoint, device, pooling):
     """The encoder of a checkpoint ("m3ret"), or an untrained one like it ("random") -> Embedder."""
     state = read_checkpoint(checkpoint)
     network = load_encoder(checkpoint, device, state)
@@ -197,10 +215,18 @@ def load_vit(name, checkpoint, device):
             network = ViT(**network.config).to(device).eval()
         seen_ids = []
 
-    pooling = "avg" if network.cls_token is None else "mix"
+    # The widths of the parts of a vector: [CLS,] avg and, with "grid", 16 cells.
+    has_cls = network.cls_token is not None
+    parts = [network.dim] * (2 if has_cls else 1)
+    if pooling == "grid":
+        parts.append(GRID_CELLS**2 * network.dim)
+    else:
+        pooling = "mix" if has_cls else "avg"
+
     meta = {
         "encoder": name,
         "pool": pooling,
+        "parts": parts,
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": state["sha256"],
         "weights_sha256": weights_sha256(network),
@@ -215,11 +241,11 @@ def load_vit(name, checkpoint, device):
         x = normalize(unit(take_frames_evenly(x)))  # (B, C, H, W, S)
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
             tokens = network(x)  # (B, [1+]N, D)
-        return pool(tokens, pooling, cls_token=network.cls_token is not None)  # (B, D) or (B, 2D)
+        return pool(tokens, pooling, has_cls, network.grid(x.shape[2:]))  # (B, D), (B, 2 D) ...
     return Embedder(embed, meta, seen_ids)
 
 
-def load_embedder(name, checkpoint=None, device="cpu"):
+def load_embedder(name, checkpoint=None, device="cpu", pooling=""):
     """Encoder -> Embedder: a function of cached samples (B, C, H, W, S) -> (B, D), and its origin.
 
     name: "m3ret" is the checkpoint's encoder, its tokens pooled to mix = [CLS, avg] (Sec. 3.3), or
@@ -227,13 +253,17 @@ def load_embedder(name, checkpoint=None, device="cpu"):
     baseline above; "module:function" is what that function returns.
     checkpoint: a file of train.py or an encoder saved alone; only m3ret and random take one.
     device: where it will run, "cpu" or "cuda:0". Use it through `apply_encoder`, which checks.
+    pooling: "grid" instead, beyond the paper (model.pool), of which `centre_parts` makes vectors to
+    compare.
     UserError: an unknown name; a checkpoint that is missing, superfluous, damaged or foreign.
     """
     if name in ("m3ret", "random"):
         if not checkpoint:
             raise UserError(f"--encoder {name}: needs the --checkpoint of a run of train.py")
-        return load_vit(name, checkpoint, device)
+        return load_vit(name, checkpoint, device, pooling)
 
+    if pooling:
+        raise UserError(f"--encoder {name}: has no tokens for --pool {pooling}; leave it out")
     if checkpoint:
         raise UserError(f"--encoder {name}: has no use for a --checkpoint; leave it out")
     meta = {"encoder": name, "checkpoint": "", "checkpoint_sha256": "", "weights_sha256": "",
@@ -648,7 +678,8 @@ def load_gallery_encoder(galleries, paths, checkpoint, device):
     checkpoint = checkpoint or meta.get("checkpoint")
     if checkpoint and not os.path.exists(checkpoint):
         raise UserError(f"{paths[0]}: its {checkpoint} is not there: give --checkpoint FILE")
-    embedder = load_embedder(meta["encoder"], checkpoint, device)
+    pooling = "grid" if meta["pool"] == "grid" else ""
+    embedder = load_embedder(meta["encoder"], checkpoint, device, pooling)
     source = checkpoint or meta["encoder"]
     if find_difference(embedder.meta, meta, SAME_ENCODER):
         raise UserError(f"{source} is not what made {paths[0]}: give its --checkpoint")
@@ -747,6 +778,7 @@ def search_files(args, device):
     # All queries are searched for at once.
     query_vectors = torch.stack([query.vector for query in queries])  # (m, D)
     gallery_vectors = np.concatenate([gallery.vectors for gallery in galleries])  # (n, D)
+    query_vectors, gallery_vectors = centre_parts(query_vectors, gallery_vectors, galleries[0].meta)
     scores, indices = search(query_vectors, gallery_vectors, args.top or 3)  # (m, k) each
 
     sources = {folder: read_paths(folder) for folder in {row["folder"] for row in rows}}
@@ -774,8 +806,8 @@ def check_arguments(parser, args):
         parser.error(f"{args.folder} would be embedded, --search looked for: give one of the two")
     if args.search and not args.gallery:
         parser.error("--search needs a --gallery NPZ, made by embedding a cache")
-    if args.search and (args.encoder or args.workers is not None):
-        parser.error("--encoder and --workers are of embedding: a search has the gallery's encoder")
+    if args.search and (args.encoder or args.pool or args.workers is not None):
+        parser.error("--encoder, --pool and --workers are of embedding: a search has the gallery's")
     if args.folder and (args.gallery or args.caches or args.top or args.modality or args.figure):
         parser.error("--gallery, --cache, --top, --modality and --figure belong to --search")
     if args.caches and len(args.caches) not in (1, len(args.gallery)):
@@ -799,6 +831,8 @@ def parse_arguments():
     flag("folder", nargs="?", metavar="cache", help="folder to embed, cache/NAME")
     flag("--checkpoint", help="runs/NAME/checkpoint.pt; with --search: if the gallery's has moved")
     flag("--encoder", help="m3ret (default), random, pixels or module:function (docs/baselines.md)")
+    flag("--pool", choices=["grid"], default="",
+         help="beyond the paper: also where things are; better within a modality, worse across")
     flag("--out", help="file to write: .npz (default emb.npz), with --search .csv (default: print)")
     flag("--workers", type=int, help="reading processes (default 2); more if the GPU waits")
     search_flags = parser.add_argument_group("search").add_argument
@@ -824,7 +858,7 @@ def main():
             sys.exit(1)  # all files were refused
         return
 
-    embedder = load_embedder(args.encoder or "m3ret", args.checkpoint, device)
+    embedder = load_embedder(args.encoder or "m3ret", args.checkpoint, device, args.pool)
     workers = 2 if args.workers is None else args.workers
     embed_rows(read_samples(args.folder), embedder, args.out or "emb.npz", device, workers)
 

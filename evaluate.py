@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from embed import SAME_ENCODER, embed_rows, load_embedder, picture, read_embeddings, read_npz
+from embed import (SAME_ENCODER, centre_parts, embed_rows, load_embedder, picture, read_embeddings,
+                   read_npz)
 from model import FRAME_GREY, as_user_error, save_montage
 from prepare import UserError, atomic_write, cli, load_sample, read_samples
 
@@ -539,20 +540,23 @@ def vectors_by_sample(embeddings):
     return vectors
 
 
-def cached_embeddings(rows, encoder, checkpoint):
+def cached_embeddings(rows, encoder, checkpoint, pools):
     """Embed rows of any caches -> {(folder, id): embedding (D,)}, and the meta of their files.
+
+    pools: the poolings that are wanted of them, all of which come from one file.
 
     The files lie in results/embeddings/ and serve again: embed_rows embeds the samples that are
     missing in the file or newer than it. It embeds all again if they were made in other sizes, or
     if the encoder gives other vectors now, as a foreign one with new weights does.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    embedder = load_embedder(encoder, checkpoint, device)
+    pooling = "grid" if "grid" in pools else ""
+    embedder = load_embedder(encoder, checkpoint, device, pooling)
     vectors = {}
     seen = []  # ids of rows that the encoder was trained on; None if nobody knows
     for folder in sorted(set(column(rows, "folder"))):
         made_of = [encoder, embedder.meta["weights_sha256"], embedder.meta["code_sha256"],
-                   os.path.realpath(folder)]
+                   os.path.realpath(folder), pooling]
         cache_key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         path = Path(f"results/embeddings/{Path(folder).name}-{cache_key}.npz")
 
@@ -597,14 +601,25 @@ def load_given_embeddings(args):
 
 
 def embedding_matrix(rows, vectors, meta, pool):
-    """Embeddings (n, D) of rows, pooled as asked for ("": as they are); mix = [CLS, avg]."""
+    """Embeddings (n, D) of rows, pooled as asked for ("": as they are).
+
+    mix is [CLS, avg], and grid begins with it; so each of the others is a part of them.
+    """
     x = np.stack([vectors[row["folder"], row["id"]] for row in rows])  # (n, D)
-    stored_pool = meta.get("pool")
-    if pool in ("", stored_pool):
+    stored = meta.get("pool")
+    if pool in ("", stored):
         return x
-    if stored_pool != "mix":
+    if stored == "grid":
+        x = x[:, :sum(meta["parts"][:-1])]  # (n, D) without the cells
+        stored = "avg" if len(meta["parts"]) == 2 else "mix"
+        if pool == stored:
+            return x
+    if pool == "grid":
+        raise UserError("--pool grid: these embeddings hold no grid; make them with "
+                        "embed.py --pool grid")
+    if stored != "mix":
         raise UserError(f"--pool {pool} needs an encoder with a CLS token (SimDINO); "
-                        f"this one gives {stored_pool}")
+                        f"this one gives {stored}")
     cls, avg = np.split(x, 2, axis=1)  # (n, D / 2) each
     return cls if pool == "cls" else avg
 
@@ -713,7 +728,7 @@ def load_task(args):
 
     models = []
     for choice in choose_encoders(args):
-        vectors, meta = cached_embeddings(used, choice.encoder, choice.checkpoint)
+        vectors, meta = cached_embeddings(used, choice.encoder, choice.checkpoint, args.pool)
         models.append(EncodedTask(choice.name, vectors, vectors, meta))
     return settings, models
 
@@ -730,6 +745,8 @@ def run_task(args):
                                            model.meta, pool)  # (m, D)
                 gallery_x = embedding_matrix(setting.gallery, model.gallery_vectors,
                                              model.meta, pool)  # (n, D)
+                if pool in ("", "grid"):
+                    query_x, gallery_x = centre_parts(query_x, gallery_x, model.meta)
                 found = retrieve(setting, query_x, gallery_x, args.exclude_same)
                 rankings.append(found)
                 results.append({
@@ -879,7 +896,7 @@ def probe(args):
     targets = label_matrix(target_lists, names)  # (n, L)
     results = []
     for choice in choose_encoders(args):
-        vectors, meta = cached_embeddings(rows, choice.encoder, choice.checkpoint)
+        vectors, meta = cached_embeddings(rows, choice.encoder, choice.checkpoint, args.pool)
         features = torch.from_numpy(embedding_matrix(rows, vectors, meta, args.pool[0]))  # (n, D)
         probabilities, l2 = fit_probe(features, targets.float(), train, test, multi)
         metrics = probe_metrics(probabilities.numpy(), targets[test].numpy(), multi)
@@ -1030,8 +1047,8 @@ def parse_arguments():
          help="one, or several to compare (default: the newest runs/*/checkpoint.pt, for demo all)")
     flag("--encoder", default="m3ret",
          help="m3ret, random, pixels or module:function, as in embed.py")
-    flag("--pool", nargs="+", choices=["avg", "cls", "mix"], default=[""],
-         help="one, or several to compare")
+    flag("--pool", nargs="+", choices=["avg", "cls", "mix", "grid"], default=[""],
+         help="one, or several to compare; grid is beyond the paper, as in embed.py")
     flag("--exclude-same", choices=["patient"], help="leave out candidates of the query's patient")
     flag("--embeddings", metavar="NPZ",
          help="evaluate these, whoever made them; labels come from --cache")

@@ -45,6 +45,7 @@ ARCHS = {  # Sec. 4.4
 }
 PATCH_SIZE = (16, 16, 4)  # (ph, pw, ps); Sec. 3.1 writes (3, 16, 16, 4), channels included
 FRAMES = 16  # of a video at a time (Sec. 3.1)
+GRID_CELLS = 4  # of pool "grid", along H and along W
 
 # Positions are measured in cells of this grid, on every axis: 256 / 16 in plane, 64 / 4 in depth.
 REFERENCE_GRID = 16
@@ -352,16 +353,25 @@ class ViT(nn.Module):
         return self.encode(self.tokens(x))  # (B, [1+]N, D)
 
 
-def pool(tokens, how, cls_token=True):
+def pool_cells(patches, grid):
+    """Patch tokens (B, N, D) of a grid (h, w, s) -> means of 4 x 4 cells in plane, (B, 16 D)."""
+    plane = patches.float().unflatten(1, grid).mean(dim=3)  # (B, h, w, D), the mean over slices
+    plane = plane.permute(0, 3, 1, 2)  # (B, D, h, w)
+    return nn.functional.adaptive_avg_pool2d(plane, GRID_CELLS).flatten(1)  # (B, 16 D)
+
+
+def pool(tokens, how, cls_token=True, grid=None):
     """Tokens (B, [1+]N, D) -> embeddings in float32 (Sec. 3.2, 3.3, Fig. 3).
 
     how: "cls", the CLS token (B, D); "avg", the mean of all others (B, D); "mix", both (B, 2D).
-    cls_token: whether the first token is one; those of MAE have none. UserError: another word, or
-    no CLS token to take.
+    Beyond the paper: "grid", mix (or avg, where there is no CLS token) and then `pool_cells`, that
+    is, where things are (B, 18 D or 17 D). embed.centre_parts makes such vectors comparable.
+    cls_token: whether the first token is one; those of MAE have none. grid: (h, w, s) of the
+    tokens, for "grid" alone. UserError: another word, or no CLS token to take.
     """
-    if how not in ("avg", "cls", "mix"):
-        raise UserError(f"pooling {how!r}: choose avg, cls or mix")
-    if how != "avg" and not cls_token:
+    if how not in ("avg", "cls", "mix", "grid"):
+        raise UserError(f"pooling {how!r}: choose avg, cls, mix or grid")
+    if how in ("cls", "mix") and not cls_token:
         raise UserError(f"pooling {how!r}: an encoder of MAE has no CLS token, choose avg")
 
     if how == "cls":
@@ -370,7 +380,13 @@ def pool(tokens, how, cls_token=True):
     avg = patches.float().mean(dim=1)  # (B, D)
     if how == "avg":
         return avg
-    return torch.cat([tokens[:, 0].float(), avg], dim=1)  # (B, 2D)
+
+    parts = [avg]
+    if cls_token:
+        parts = [tokens[:, 0].float(), avg]
+    if how == "grid":
+        parts.append(pool_cells(patches, grid))
+    return torch.cat(parts, dim=1)  # (B, 2 D), (B, 18 D) or (B, 17 D)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

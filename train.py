@@ -23,8 +23,8 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import NamedTuple
 
-# A thread that waits for others spins for a moment and then sleeps. By default it spins long, and on
-# a busy machine it then takes the processor from the very thread it waits for; to sleep at once is
+# A thread that waits for others spins for a moment and then sleeps. By default it spins long, which
+# takes the processor on a busy machine from the very thread that it waits for; to sleep at once is
 # slow on an idle one. OpenMP reads this once, when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -155,6 +155,35 @@ def test_embedding_is_cls_and_mean_of_the_patch_tokens(mixed_cache, checkpoint):
     assert meta["parameters"] == sum(p.numel() for p in vit.parameters())
 
 
+def test_parts_are_centred_on_the_gallery_and_count_alike():
+    """Two parts of widths 1 and 2: whatever their scale, each has length one, and the mean is gone."""
+    gallery = np.array([[1, 0, 0], [3, 0, 8], [5, 0, 4]], np.float32)  # mean 3, 0, 4
+    queries = np.array([[4, 0, 4], [2, 3, 0]], np.float32)
+    meta = {"pool": "grid", "parts": [1, 2]}
+    q, g = embed.centre_parts(queries, gallery, meta)
+    assert q.tolist() == [[1, 0, 0], [-1, pytest.approx(0.6), pytest.approx(-0.8)]]
+    assert g.tolist() == [[-1, 0, -1], [0, 0, 1], [1, 0, 0]]
+    same = embed.centre_parts(queries, gallery, {"pool": "mix", "parts": [1, 2]})
+    assert same[0] is queries and same[1] is gallery
+
+
+def test_a_grid_is_embedded_and_searched(two_galleries, command, capsys):
+    """A file finds itself, the vectors begin with those of mix, and no other gallery is comparable."""
+    command(embed, "cache/xray", "--checkpoint", two_galleries, "--pool", "grid", "--workers", "0", "--out", "g.npz")
+    grid, mix = read_embeddings("g.npz"), read_embeddings("xray.npz")
+    parts = grid.meta["parts"]
+    assert grid.meta["pool"] == "grid" and parts[2] == 16 * parts[0] and mix.meta["parts"] == parts[:2]
+    assert np.array_equal(grid.vectors[:, :sum(parts[:2])], mix.vectors)
+    capsys.readouterr()
+    command(embed, "--search", "my_xray/1.png", "--modality", "xray", "--gallery", "g.npz", "--top", "1")
+    (hit,) = read_table(capsys.readouterr().out)
+    assert (hit["labels"], hit["cosine"]) == ("my_xray 1", "1.000000")
+    with pytest.raises(UserError, match="g.npz: its pool is missing or differs"):
+        command(embed, "--search", "my_xray/1.png", "--gallery", "xray.npz", "g.npz")
+    with pytest.raises(UserError, match="pixels: has no tokens for --pool grid"):
+        command(embed, "cache/xray", "--encoder", "pixels", "--pool", "grid")
+
+
 def test_untrained_encoder_has_the_architecture_but_not_the_weights(checkpoint):
     x = torch.randint(0, 256, (1, 1, 32, 32, 1), dtype=torch.uint8)
     (trained, a, _), (first, b, _), (again, *_) = (

@@ -750,6 +750,43 @@ def test_poolings_come_from_one_pass(here, command):
     assert len(list(Path("results/embeddings").glob("*.npz"))) == 1
 
 
+@pytest.mark.parametrize("run, paper", [("simdino", "mix"), ("mae", "avg")])
+def test_the_grid_holds_the_papers_pooling_too(here, command, run, paper):
+    """Beside --pool grid it comes from the same file, and its numbers are those of a run without the grid."""
+    chest(here)
+    checkpoint = f"runs/{run}/checkpoint.pt"
+    command("--task", "chestxray14", "--checkpoint", checkpoint, "--out", "alone.json")
+    command("--task", "chestxray14", "--checkpoint", checkpoint, "--pool", paper, "grid", "--out", "both.json")
+    (alone,), (both, grid) = read_results("alone.json"), read_results("both.json")
+    assert (alone["pool"], both["pool"], grid["pool"]) == (paper, paper, "grid")
+    assert all(alone[key] == both[key] for key in ("R@1", "P@10", "MnR", "first_MnR"))
+
+
+def test_a_grid_file_is_compared_by_centre_parts_and_what_is_taken_of_it_is_not(here, command, monkeypatch):
+    """With a centre_parts that turns the gallery around, the right ones come last."""
+    chest(here)
+    command("--task", "chestxray14", "--checkpoint", "runs/simdino/checkpoint.pt", "--pool", "grid")
+    (file,) = Path("results/embeddings").glob("*.npz")
+    monkeypatch.setattr(evaluate, "centre_parts", lambda queries, gallery, meta: (queries, -gallery))
+    given = ["--embeddings", file, "--cache", "cache/chestxray14"]
+    command(*given, "--out", "given.json")
+    command(*given, "--pool", "mix", "--out", "mix.json")
+    (given,), (mix,) = read_results("given.json"), read_results("mix.json")
+    assert (given["pool"], mix["pool"]) == ("grid", "mix") and given["R@1"] < mix["R@1"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--task", "chestxray14", "--encoder", "pixels", "--pool", "grid"], "no tokens for --pool grid"),
+    (["--embeddings", "mix.npz", "--cache", "cache/chestxray14", "--pool", "grid"], "hold no grid")])
+def test_other_embeddings_have_no_grid(here, command, arguments, message):
+    chest(here)
+    command("--task", "chestxray14", "--checkpoint", "runs/simdino/checkpoint.pt")
+    (file,) = Path("results/embeddings").glob("*.npz")
+    file.rename("mix.npz")
+    with pytest.raises(UserError, match=message):
+        command(*arguments)
+
+
 def test_mae_has_no_cls_token_to_pool(here, command):
     chest(here)
     with pytest.raises(UserError, match="CLS"):

@@ -383,6 +383,26 @@ def test_pool_by_hand():
             pool(tokens, how, cls)
 
 
+def test_grid_pooling_is_mix_and_the_means_of_cells_by_hand():
+    """An 8 x 8 x 2 grid of tokens: each cell of the 4 x 4 has 2 x 2 tokens of a plane, in 2 slices."""
+    tokens = torch.rand(2, 1 + 8 * 8 * 2, 3)  # (B, 1+N, D)
+    found = pool(tokens, "grid", grid=(8, 8, 2))
+    assert found.shape == (2, 18 * 3) and torch.equal(found[:, :6], pool(tokens, "mix"))
+    cells = found[:, 6:].unflatten(1, (3, 4, 4))  # (B, D, 4, 4)
+    patches = tokens[:, 1:].unflatten(1, (8, 8, 2))  # (B, h, w, s, D)
+    for i in range(4):
+        for j in range(4):
+            members = patches[:, 2 * i:2 * i + 2, 2 * j:2 * j + 2]  # (B, 2, 2, s, D)
+            torch.testing.assert_close(cells[:, :, i, j], members.flatten(1, 3).mean(dim=1))
+
+
+def test_grid_pooling_without_a_cls_token_begins_with_avg():
+    tokens = torch.rand(2, 16, 3)
+    found = pool(tokens, "grid", cls_token=False, grid=(4, 4, 1))
+    assert found.shape == (2, 17 * 3) and torch.equal(found[:, :3], pool(tokens, "avg", cls_token=False))
+    assert torch.equal(found[:, 3:], tokens.transpose(1, 2).flatten(1))  # a token is a cell
+
+
 def test_take_frames():
     video = torch.arange(40.0).expand(2, 3, 4, 4, 40)
     even = take_frames_evenly(video)
