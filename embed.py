@@ -44,9 +44,10 @@ from model import (FRAME_GREY, GRID_CELLS, PICTURE_FORMATS, ViT, display_range, 
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
 
-# A search multiplies blocks of this many rows, which bounds its memory.
-QUERY_BLOCK = 2048
-GALLERY_BLOCK = 8192
+# A search multiplies blocks of this many rows: that bounds its memory, and fits a processor's cache.
+QUERY_BLOCK = 512
+GALLERY_BLOCK = 4096
+GROUP = 16  # see `best_scores`
 
 # Samples in a batch. Every batch has this size, the last one is filled up, because the last digits
 # of an embedding depend on the size of its batch, but not on what else is in it.
@@ -67,13 +68,30 @@ TILES_IN_A_ROW = 6  # of a figure
 
 
 # ---- search -------------------------------------------------------------------------------------
+def best_scores(scores, k):
+    """The best k of each row of scores (m, b) -> scores, indices, (m, min(k, b)) each.
+
+    That is scores.topk, in half the time where a row is long: its best k lie in those k of its
+    groups of 16 whose maxima are the largest.
+    """
+    b = scores.shape[1]
+    if b % GROUP or b // GROUP < k:
+        best = scores.topk(min(k, b), dim=1)
+        return best.values, best.indices
+
+    # Group j are the columns j, j + b / 16, j + 2 b / 16 ...: their maxima are fast to find.
+    groups = scores.unflatten(1, (GROUP, -1))  # (m, 16, b / 16)
+    chosen = groups.amax(dim=1).topk(k, dim=1).indices  # (m, k)
+    members = groups.gather(2, chosen[:, None].expand(-1, GROUP, -1))  # (m, 16, k)
+    best = members.flatten(1).topk(k, dim=1)  # of (m, 16 k)
+    indices = best.indices // k * (b // GROUP) + chosen.gather(1, best.indices % k)  # (m, k)
+    return best.values, indices
+
+
 def search_block(q, g, k):
     """Unit vectors (m, D), (b, D) -> scores and indices of the best, (m, min(k, b)) each."""
-    scores, indices = [], []
-    for part in q.split(QUERY_BLOCK):
-        best = (part @ g.T).topk(min(k, len(g)), dim=1)  # values, indices (part, k)
-        scores.append(best.values)
-        indices.append(best.indices)
+    parts = [best_scores(part @ g.T, k) for part in q.split(QUERY_BLOCK)]
+    scores, indices = zip(*parts)
     return torch.cat(scores), torch.cat(indices)
 
 

@@ -130,6 +130,17 @@ def test_search_refuses_what_has_no_answer(queries, gallery, k):
         search(np.ones(queries, np.float32), np.ones(gallery, np.float32), k)
 
 
+@pytest.mark.parametrize("b, k", [(160, 10), (512, 3), (176, 10), (512, 33), (30, 10), (5, 10)])
+def test_best_scores_are_those_of_topk(b, k):
+    """In groups, or where the row is too short or no multiple of 16; a NaN is never overlooked."""
+    scores = torch.randn(7, b, generator=torch.Generator().manual_seed(b))
+    values, indices = embed.best_scores(scores, k)
+    expected = scores.topk(min(k, b), dim=1)
+    assert torch.equal(values, expected.values) and torch.equal(indices, expected.indices)
+    scores[3, b // 2] = torch.nan
+    assert embed.best_scores(scores, k)[0][3, 0].isnan()
+
+
 def test_search_refuses_values_that_are_not_finite():
     for value in (np.nan, np.inf):
         gallery = np.ones((3, 4), np.float32)
