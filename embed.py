@@ -44,7 +44,7 @@ from model import (FRAME_GREY, GRID_CELLS, PICTURE_FORMATS, ViT, display_range, 
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
 
-# A search multiplies blocks of this many rows: that bounds its memory, and fits a processor's cache.
+# Blocks of this many rows are multiplied: that bounds memory, and fits a processor's cache.
 QUERY_BLOCK = 512
 GALLERY_BLOCK = 4096
 GROUP = 16  # see `best_scores`
