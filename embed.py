@@ -5,8 +5,9 @@ Out: emb.npz: embeddings (n, D) float32, not normalised; ids (n,); meta, JSON of
      python embed.py cache/NAME --checkpoint runs/NAME/checkpoint.pt --out emb.npz
      python embed.py --search scan.nii.gz --gallery ct.npz mri.npz --figure hits.png
      python embed.py --search new/*.dcm --gallery xray.npz --out hits.csv
-torchrun splits the first among processes. If --out exists, only what is new is embedded.
-Letters beside those of model.py: m queries, n samples of a gallery, b of a block or of a batch.
+Under torchrun processes share the first of these. If --out exists, only what is new is embedded.
+Letters beside those of model.py: m queries, n samples of a gallery, b rows of a block or of a batch
+that is not filled up; D is the width of embeddings.
 
 From Python:
     from prepare import read_any
@@ -44,7 +45,7 @@ from model import (FRAME_GREY, GRID_CELLS, PICTURE_FORMATS, ViT, display_range, 
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
 
-# Blocks of this many rows are multiplied: that bounds memory, and fits a processor's cache.
+# A search multiplies blocks of this many rows: that makes 8 MB of scores at a time.
 QUERY_BLOCK = 512
 GALLERY_BLOCK = 4096
 GROUP = 16  # see `best_scores`
@@ -84,6 +85,8 @@ def best_scores(scores, k):
     chosen = groups.amax(dim=1).topk(k, dim=1).indices  # (m, k)
     members = groups.gather(2, chosen[:, None].expand(-1, GROUP, -1))  # (m, 16, k)
     best = members.flatten(1).topk(k, dim=1)  # of (m, 16 k)
+
+    # Place r * k + c of them is row r of group chosen[c], that is, column r * (b / 16) + chosen[c].
     indices = best.indices // k * (b // GROUP) + chosen.gather(1, best.indices % k)  # (m, k)
     return best.values, indices
 
@@ -135,30 +138,29 @@ def search(queries, gallery, k):
     return scores, indices
 
 
-def centre_parts(queries, gallery, meta):
-    """Vectors of --pool grid -> vectors to compare; others are returned as they are.
+def centre_parts(queries, gallery, parts):
+    """Vectors of --pool grid -> vectors to compare, tensors (m, D), (n, D).
 
-    Beyond the paper (docs/learning.md). Each part of queries (m, D) and gallery (n, D), which are
-    arrays or tensors, is taken less its mean over the gallery and at length one, so that all parts
-    count alike. meta: of the file that they are from.
+    Beyond the paper (docs/learning.md). queries (m, D) and gallery (n, D) are arrays or tensors, of
+    parts of these widths. From each part its mean over the gallery is subtracted, and it is scaled
+    to length one, so that all parts count alike; the cosine of two vectors is then that of their
+    parts. A gallery of one sample, which is its own mean, becomes zeros.
     """
-    if meta.get("pool") != "grid":
-        return queries, gallery
     gallery = torch.as_tensor(gallery)
     mean = gallery.mean(dim=0)  # (D,)
-    centred = []
-    for vectors in (torch.as_tensor(queries), gallery):
-        parts = (vectors - mean).split(meta["parts"], dim=1)
-        centred.append(torch.cat([F.normalize(part, dim=1) for part in parts], dim=1))
-    return centred
+
+    def centred(vectors):
+        split = (vectors - mean).split(parts, dim=1)
+        return torch.cat([F.normalize(part, dim=1) for part in split], dim=1)
+    return centred(torch.as_tensor(queries)), centred(gallery)
 
 
 # ---- encoders -----------------------------------------------------------------------------------
 def pixels(x):
     """Baseline (B, C, H, W, S) -> (B, 1024): the mean slice in 32 x 32 pixels, less their mean."""
     x = unit(x).mean(dim=(1, 4))  # (B, H, W)
-    # Less one of its pixels, a flat image is exactly zero. Less its mean alone, noise of rounding
-    # would be left.
+    # Subtracting a pixel makes a flat image exactly zero. Subtracting its mean alone would leave
+    # noise of rounding.
     x = x - x[:, :1, :1]
     x = F.adaptive_avg_pool2d(x, 32).flatten(1)  # (B, 1024)
     # Without its mean, the cosine of two images is their correlation.
@@ -233,7 +235,7 @@ def load_vit(name, checkpoint, device, pooling):
             network = ViT(**network.config).to(device).eval()
         seen_ids = []
 
-    # The widths of the parts of a vector: [CLS,] avg and, with "grid", 16 cells.
+    # The widths of the parts of a vector: [CLS,] avg and, with "grid", all cells as one part.
     has_cls = network.cls_token is not None
     parts = [network.dim] * (2 if has_cls else 1)
     if pooling == "grid":
@@ -271,8 +273,8 @@ def load_embedder(name, checkpoint=None, device="cpu", pooling=""):
     baseline above; "module:function" is what that function returns.
     checkpoint: a file of train.py or an encoder saved alone; only m3ret and random take one.
     device: where it will run, "cpu" or "cuda:0". Use it through `apply_encoder`, which checks.
-    pooling: "grid" instead, beyond the paper (model.pool), of which `centre_parts` makes vectors to
-    compare.
+    pooling: "grid" adds where things are (model.pool; beyond the paper); its vectors must pass
+    `centre_parts` before `search`.
     UserError: an unknown name; a checkpoint that is missing, superfluous, damaged or foreign.
     """
     if name in ("m3ret", "random"):
@@ -359,14 +361,19 @@ def list_seen(ids, seen_ids):
     return [name for name, seen in zip(ids, found) if seen]
 
 
-def write_npz(out, rows, vectors, embedder):
-    """Write the vectors (n, D) of n rows of one cache, and how they were made."""
+def write_npz(out, rows, vectors, embedder, started):
+    """Write the vectors (n, D) of n rows of one cache, and how they were made.
+
+    The file bears the time `started` (ns): a sample that was written since is newer than it.
+    """
     ids = [row["id"] for row in rows]
     folder = rows[0]["folder"]
     seen = list_seen(ids, embedder.seen_ids)
     meta = embedder.meta | {"cache": folder, "sizes": read_sizes(folder), "seen": seen}
     with atomic_write(out) as file:
         np.savez(file, embeddings=vectors.numpy(), ids=ids, meta=json.dumps(meta))
+        file.flush()
+        os.utime(file.fileno(), ns=(started, started))
 
 
 def read_npz(path):
@@ -386,6 +393,8 @@ def read_npz(path):
             raise ValueError("an id comes twice")
         if not isinstance(meta, dict):
             raise ValueError("meta must be a JSON object")
+        if meta.get("pool") == "grid" and sum(meta.get("parts", [])) != vectors.shape[1]:
+            raise ValueError("its pool is grid, but its parts are not those of its vectors")
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
             zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no embedding file ({error}): make it with embed.py") from None
@@ -487,7 +496,7 @@ def meet_processes(rows, meta):
 def gather_rows(vectors, batches, rank, world):
     """The first process receives, into its vectors (n, D), the rows that the others embedded.
 
-    Of a process without a share vectors are None. The first has one if anybody has.
+    vectors is None in a process that had no batch; the first one has a batch if there are any.
     """
     for other in range(1, world):
         share = batches[other::world]
@@ -508,12 +517,12 @@ def read_earlier(out, rows, embedder):
     try:
         file = read_npz(out)
     except UserError as error:
-        raise NothingToKeep(str(error)) from None
+        raise NothingToKeep(f"{out} cannot be used ({error})") from None
 
     meta = embedder.meta | {"sizes": read_sizes(folder)}
     differs = find_difference(file.meta, meta, MUST_MATCH)
     if differs:
-        raise NothingToKeep(f"{out} is of another encoder: its {differs} is missing or differs")
+        raise NothingToKeep(f"{out} was made otherwise: its {differs} is missing or differs")
     cache = file.meta.get("cache", "")
     if os.path.realpath(cache) != os.path.realpath(folder):
         raise NothingToKeep(f"{out} is of another cache ({cache})")
@@ -534,7 +543,7 @@ def find_unchanged(rows, ids, started):
     return row_numbers
 
 
-def check_kept(kept, rows, embedder, device):
+def check_kept(kept, rows, embedder, out, device):
     """Embed the first sample of each shape again. NothingToKeep unless its vector is the same.
 
     A foreign encoder may have other weights by now, and another machine gives other digits.
@@ -548,13 +557,14 @@ def check_kept(kept, rows, embedder, device):
         x = torch.from_numpy(load_sample(row["folder"], row))[None]  # (1, C, H, W, S)
         answer = embed_batch(x, [row], embedder, device)[0]  # (D,)
         if not torch.equal(answer, vector):
-            raise NothingToKeep("this encoder gives other vectors here and now (other weights, "
-                                "machine, torch or number of threads)")
+            raise NothingToKeep(f"{out} holds other vectors than this encoder gives here and now "
+                                "(other weights, machine, torch or number of threads)")
 
 
 def find_kept(out, rows, embedder, device):
     """What of an existing file `out` may stay -> Kept. NothingToKeep if nothing may."""
-    # Its time is when its run started (embed_rows). It is asked first: another run may replace it.
+    # The time of the file is the start of the run that wrote it. It is read before the file: if
+    # another run replaces it in between, samples count as newer than they are, which is safe.
     started = os.stat(out).st_mtime_ns
     file = read_earlier(out, rows, embedder)
     number_in_file = {name: j for j, name in enumerate(file.ids)}
@@ -565,7 +575,7 @@ def find_kept(out, rows, embedder, device):
     dropped = number_in_file.keys() - {row["id"] for row in rows}
 
     kept = Kept(row_numbers, vectors, len(dropped))
-    check_kept(kept, rows, embedder, device)
+    check_kept(kept, rows, embedder, out, device)
     return kept
 
 
@@ -607,8 +617,8 @@ def embed_rows(rows, embedder, out, device="cpu", workers=2):
     """Embed rows of one cache into the file `out`, by what load_embedder gave.
 
     What `out` already holds of the same encoder and cache is kept, and only the rest is embedded.
-    To the last digit the file is what embedding all gives (of a foreign encoder, whose weights are
-    not known, one sample of each shape vouches for that). torchrun's processes share the work.
+    To the last digit the file is what embedding all gives: one kept sample of each shape is
+    embedded again to see that. torchrun's processes share the work.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -631,9 +641,7 @@ def embed_rows(rows, embedder, out, device="cpu", workers=2):
     if rank > 0:
         return
 
-    # The file bears the time of the start: a sample that was written since is newer.
-    write_npz(out, rows, vectors, embedder)
-    os.utime(out, ns=(started, started))
+    write_npz(out, rows, vectors, embedder, started)
     print(f"{len(rows)} embeddings in {out}: {len(kept.row_numbers)} kept, {len(todo)} embedded, "
           f"{kept.dropped} dropped")
 
@@ -654,7 +662,7 @@ class Query(NamedTuple):
 
 
 def read_paths(folder):
-    """{id: path of the source file} of a cache; {} for all but its owner."""
+    """{id: path of the source file} of a cache; {} if it is missing or may not be read."""
     table = Path(folder, "sources.csv")  # which its owner alone may read
     if not os.access(table, os.R_OK):
         return {}
@@ -675,7 +683,7 @@ def read_galleries(paths, caches):
     for path, cache in zip(paths, caches):
         gallery = read_embeddings(path, cache)
         galleries.append(gallery)
-        # Compared with itself, the first shows what is missing.
+        # The first is compared with itself, too: that finds what its meta lacks.
         differs = find_difference(gallery.meta, galleries[0].meta, MUST_MATCH)
         if differs:
             raise UserError(f"{path}: its {differs} is missing or differs from that of {paths[0]}: "
@@ -796,7 +804,9 @@ def search_files(args, device):
     # All queries are searched for at once.
     query_vectors = torch.stack([query.vector for query in queries])  # (m, D)
     gallery_vectors = np.concatenate([gallery.vectors for gallery in galleries])  # (n, D)
-    query_vectors, gallery_vectors = centre_parts(query_vectors, gallery_vectors, galleries[0].meta)
+    meta = galleries[0].meta
+    if meta["pool"] == "grid":
+        query_vectors, gallery_vectors = centre_parts(query_vectors, gallery_vectors, meta["parts"])
     scores, indices = search(query_vectors, gallery_vectors, args.top or 3)  # (m, k) each
 
     sources = {folder: read_paths(folder) for folder in {row["folder"] for row in rows}}

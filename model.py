@@ -364,8 +364,8 @@ def pool(tokens, how, cls_token=True, grid=None):
     """Tokens (B, [1+]N, D) -> embeddings in float32 (Sec. 3.2, 3.3, Fig. 3).
 
     how: "cls", the CLS token (B, D); "avg", the mean of all others (B, D); "mix", both (B, 2D).
-    Beyond the paper: "grid", mix (or avg, where there is no CLS token) and then `pool_cells`, that
-    is, where things are (B, 18 D or 17 D). embed.centre_parts makes such vectors comparable.
+    Beyond the paper: "grid", mix and then `pool_cells`, which add where things are (B, 18 D), or
+    avg and these without a CLS token (B, 17 D). embed.centre_parts makes such vectors comparable.
     cls_token: whether the first token is one; those of MAE have none. grid: (h, w, s) of the
     tokens, for "grid" alone. UserError: another word, or no CLS token to take.
     """
@@ -595,6 +595,7 @@ SOFT_TISSUE = (-160, 240)  # HU
 def display_range(sample, modality):
     """The two values of a cached sample (tensor) that a picture shows as black and as white."""
     # The cache keeps CT as float16 of HU_RANGE, but for CT images of 8 bits, windowed long before.
+    # CHOICE: CT in another unit, which sources.csv notes, is not told apart here.
     if modality != "ct" or sample.dtype == torch.uint8:
         return 0.0, 1.0
     low, high = HU_RANGE

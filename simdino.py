@@ -180,7 +180,10 @@ def views_of_kind(x, kind, size, draws):
 
 
 def view_size(size, scale, patch_size):
-    """Size (H, W, S) of a sample -> (H', W', S') of a view: scale times it, in whole patches."""
+    """Size (H, W, S) of a sample -> (H', W', S') of a view: scale times it, in whole patches.
+
+    S' counts for volumes alone: views of images and videos keep S.
+    """
     sides = []
     for n, p in zip(size, patch_size):
         patches = int(n * scale / p + 0.5)  # the nearest whole number

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 # A thread that waits for others spins for a moment and then sleeps. By default it spins long, which
 # takes the processor on a busy machine from the very thread that it waits for; to sleep at once is
-# slow on an idle one. OpenMP reads this once, when torch is imported.
+# slow on an idle one. GNU's OpenMP reads this once, when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -51,7 +51,7 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row before the run stops
 # A run resumes only with the flags that it was started with, except for these.
 RESUME_MAY_CHANGE = {"preset", "data", "out", "workers", "max_steps", "save_minutes", "keep_every"}
 
-# Samples of these splits are never trained on; the tasks of evaluate.py query them.
+# Samples of these splits are never pretrained on: evaluation may query them.
 HELD_OUT = ("val", "test")
 
 # A small network for minutes on a CPU. The gamma is (d + m) / (d m) for d = 256 and the paper's
@@ -59,12 +59,12 @@ HELD_OUT = ("val", "test")
 SMALL = dict(arch="vit_xs", patch_size=8, batch_size=48, local_views=2, gamma=0.0078, momentum=0.9)
 PRESETS = {"demo": SMALL | dict(batch_size_3d=48, epochs=80), "small": SMALL}
 
-
 # Random numbers for different purposes have different seeds: seed_of(--seed, one of these, ...).
 FOR_WEIGHTS = 0
 FOR_DROP_PATH = 1
 FOR_INPUTS = 2  # masks and views
 FOR_FRAMES = 3  # of videos
+
 
 # ---- schedule -----------------------------------------------------------------------------------
 class Group(NamedTuple):
@@ -254,8 +254,9 @@ def report_rows(rows, modalities, held_out_ids, by_id):
     for folder, n in kept_out.items():
         print(f"kept out of training: {n} samples of {folder}, of split val or test")
 
-    for modality in sorted(set(modalities) - {row["modality"] for row in rows}):
-        print(f"note: no samples of {modality} in --data")
+    absent = sorted(set(modalities) - {row["modality"] for row in rows})
+    if absent:
+        print(f"note: no samples of {', '.join(absent)} in --data")
 
     repeated = len(rows) - sum(kept_out.values()) - len(by_id)
     if repeated:

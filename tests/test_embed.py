@@ -170,12 +170,9 @@ def test_parts_are_centred_on_the_gallery_and_count_alike():
     """Two parts of widths 1 and 2: whatever their scale, each has length one, and the mean is gone."""
     gallery = np.array([[1, 0, 0], [3, 0, 8], [5, 0, 4]], np.float32)  # mean 3, 0, 4
     queries = np.array([[4, 0, 4], [2, 3, 0]], np.float32)
-    meta = {"pool": "grid", "parts": [1, 2]}
-    q, g = embed.centre_parts(queries, gallery, meta)
+    q, g = embed.centre_parts(queries, gallery, [1, 2])
     assert q.tolist() == [[1, 0, 0], [-1, pytest.approx(0.6), pytest.approx(-0.8)]]
     assert g.tolist() == [[-1, 0, -1], [0, 0, 1], [1, 0, 0]]
-    same = embed.centre_parts(queries, gallery, {"pool": "mix", "parts": [1, 2]})
-    assert same[0] is queries and same[1] is gallery
 
 
 def test_a_grid_is_embedded_and_searched(two_galleries, command, capsys):
@@ -191,6 +188,11 @@ def test_a_grid_is_embedded_and_searched(two_galleries, command, capsys):
     assert (hit["labels"], hit["cosine"]) == ("my_xray 1", "1.000000")
     with pytest.raises(UserError, match="g.npz: its pool is missing or differs"):
         command(embed, "--search", "my_xray/1.png", "--gallery", "xray.npz", "g.npz")
+    edited = dict(np.load("g.npz"))
+    edited["meta"] = json.dumps({**grid.meta, "parts": [1, 2]})
+    np.savez("cut.npz", **edited)
+    with pytest.raises(UserError, match="cut.npz is no embedding file .its pool is grid, but its parts"):
+        command(embed, "--search", "my_xray/1.png", "--gallery", "cut.npz")
     with pytest.raises(UserError, match="pixels: has no tokens for --pool grid"):
         command(embed, "cache/xray", "--encoder", "pixels", "--pool", "grid")
 
@@ -519,7 +521,7 @@ def test_a_sample_that_is_written_while_others_are_embedded_is_newer_than_the_fi
 def test_another_encoder_embeds_anew_and_says_so_in_one_line(cache, checkpoint, update, tmp_path):
     update(tmp_path / "e.npz", PIXELS)
     printed = update(tmp_path / "e.npz").splitlines()
-    assert len(printed) == 2 and "another encoder" in printed[0] and "0 kept, 24 embedded" in printed[1]
+    assert len(printed) == 2 and "its encoder is missing or differs" in printed[0] and "0 kept, 24 embedded" in printed[1]
     (tmp_path / "e.npz").write_text("text")
     printed = update(tmp_path / "e.npz").splitlines()
     assert len(printed) == 2 and "no embedding file" in printed[0] and "0 kept, 24 embedded" in printed[1]
