@@ -570,7 +570,16 @@ def test_recomputed_activations_give_the_same_gradients(monkeypatch):
     assert torch.equal(*grads) and grads[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("n", [17, 200, 201])
+@pytest.mark.parametrize("n, dtype, fused", [
+    (200, torch.bfloat16, False), (201, torch.bfloat16, True), (17, torch.float32, True)])
+def test_attention_is_written_out_for_short_sequences_in_bf16_alone(n, dtype, fused, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: calls.append(v) or v)
+    model.attend(*torch.randn(3, 1, 1, n, 8, dtype=dtype).unbind())
+    assert len(calls) == fused
+
+
+@pytest.mark.parametrize("n", [17, 200])
 def test_attention_in_bf16_is_the_equation(n):
     q, k, v = torch.randn(3, 2, 3, n, 32).unbind()
     weights = torch.exp(q.double() @ k.double().mT / math.sqrt(32))
