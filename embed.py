@@ -45,10 +45,9 @@ from model import (FRAME_GREY, GRID_CELLS, PICTURE_FORMATS, ViT, display_range, 
 from prepare import (MODALITIES, CachedDataset, UserError, atomic_write, cli, load_sample, read_any,
                      read_samples, read_sizes)
 
-# A search multiplies blocks of this many rows: that makes 8 MB of scores at a time.
-QUERY_BLOCK = 512
+# A search multiplies blocks of this many rows: that makes 34 MB of scores at a time.
+QUERY_BLOCK = 2048
 GALLERY_BLOCK = 4096
-GROUP = 16  # see `best_scores`
 
 # Samples in a batch. Every batch has this size, the last one is filled up, because the last digits
 # of an embedding depend on the size of its batch, but not on what else is in it.
@@ -69,32 +68,14 @@ TILES_IN_A_ROW = 6  # of a figure
 
 
 # ---- search -------------------------------------------------------------------------------------
-def best_scores(scores, k):
-    """The best k of each row of scores (m, b) -> scores, indices, (m, min(k, b)) each.
-
-    That is scores.topk, in half the time where a row is long: its best k lie in those k of its
-    groups of 16 whose maxima are the largest.
-    """
-    b = scores.shape[1]
-    if b % GROUP or b // GROUP < k:
-        best = scores.topk(min(k, b), dim=1)
-        return best.values, best.indices
-
-    # Group j are the columns j, j + b / 16, j + 2 b / 16 ...: their maxima are fast to find.
-    groups = scores.unflatten(1, (GROUP, -1))  # (m, 16, b / 16)
-    chosen = groups.amax(dim=1).topk(k, dim=1).indices  # (m, k)
-    members = groups.gather(2, chosen[:, None].expand(-1, GROUP, -1))  # (m, 16, k)
-    best = members.flatten(1).topk(k, dim=1)  # of (m, 16 k)
-
-    # Place r * k + c of them is row r of group chosen[c], that is, column r * (b / 16) + chosen[c].
-    indices = best.indices // k * (b // GROUP) + chosen.gather(1, best.indices % k)  # (m, k)
-    return best.values, indices
-
-
 def search_block(q, g, k):
     """Unit vectors (m, D), (b, D) -> scores and indices of the best, (m, min(k, b)) each."""
-    parts = [best_scores(part @ g.T, k) for part in q.split(QUERY_BLOCK)]
-    scores, indices = zip(*parts)
+    scores = []
+    indices = []
+    for part in q.split(QUERY_BLOCK):
+        best = (part @ g.T).topk(min(k, len(g)), dim=1)  # values, indices (part, min(k, b))
+        scores.append(best.values)
+        indices.append(best.indices)
     return torch.cat(scores), torch.cat(indices)
 
 
@@ -149,9 +130,9 @@ def centre_parts(queries, gallery, parts):
     gallery = torch.as_tensor(gallery)
     mean = gallery.mean(dim=0)  # (D,)
 
-    def centred(vectors):
-        split = (vectors - mean).split(parts, dim=1)
-        return torch.cat([F.normalize(part, dim=1) for part in split], dim=1)
+    def centred(vectors):  # (n, D) -> (n, D)
+        split = (vectors - mean).split(parts, dim=1)  # (n, width) for each of parts
+        return torch.cat([F.normalize(part, dim=1) for part in split], dim=1)  # (n, D)
     return centred(torch.as_tensor(queries)), centred(gallery)
 
 
@@ -230,7 +211,7 @@ def load_vit(name, checkpoint, device, pooling):
     if not state.get("ids_known", True):
         seen_ids = None
     if name == "random":
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as they were
             torch.manual_seed(0)
             network = ViT(**network.config).to(device).eval()
         seen_ids = []
@@ -260,8 +241,8 @@ def load_vit(name, checkpoint, device, pooling):
     def embed(x):  # no augmentation; of longer videos 16 evenly spaced frames
         x = normalize(unit(take_frames_evenly(x)))  # (B, C, H, W, S)
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-            tokens = network(x)  # (B, [1+]N, D)
-        return pool(tokens, pooling, has_cls, network.grid(x.shape[2:]))  # (B, D), (B, 2 D) ...
+            tokens = network(x)  # (B, [1+]N, dim)
+        return pool(tokens, pooling, has_cls, network.grid(x.shape[2:]))  # (B, D), D = sum(parts)
     return Embedder(embed, meta, seen_ids)
 
 

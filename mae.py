@@ -28,7 +28,7 @@ def gather_tokens(x, index):
 
 
 class MAE(nn.Module):
-    """An encoder without CLS token, and a decoder of another width.
+    """An encoder without CLS token, and a decoder of its own width.
 
     mask_ratio: alpha of Sec. 3.2, the share of patches that is hidden.
     Encoder and decoder see a set of tokens, each with the position of its patch: their order means

@@ -587,8 +587,8 @@ PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 TILE = 192  # pixels, the side of a tile in a picture
 FRAME_GREY = (90, 90, 90)
 
-# CT is drawn in the soft-tissue window of radiology, in which organs differ. The network sees the
-# whole HU_RANGE (Sec. 3.4).
+# CHOICE: CT is drawn in the soft-tissue window of radiology, in which organs differ. The network
+# sees the whole HU_RANGE (Sec. 3.4).
 SOFT_TISSUE = (-160, 240)  # HU
 
 
@@ -603,18 +603,18 @@ def display_range(sample, modality):
     return (black - low) / (high - low), (white - low) / (high - low)
 
 
-def draw_tile(image, caption, shown=(0.0, 1.0), size=TILE, colour=FRAME_GREY):
-    """Image (C, H, W) in [0, 1] -> fitted into size x size, framed, captioned: (3, y, x) in [0, 1].
+def draw_tile(image, caption, shown, colour=FRAME_GREY):
+    """Image (C, H, W) in [0, 1] -> fitted into a tile, framed, captioned: (3, y, x) in [0, 1].
 
     shown: from `display_range`. colour: of the frame, three numbers up to 255.
     """
     black, white = shown
     levels = ((unit(image) - black) / (white - black)).clamp(0, 1)  # (C, H, W)
     pixels = (levels * 255).byte().expand(3, -1, -1).permute(1, 2, 0)  # (H, W, 3)
-    tile = ImageOps.pad(Image.fromarray(pixels.numpy()), (size, size))
+    tile = ImageOps.pad(Image.fromarray(pixels.numpy()), (TILE, TILE))
     tile = ImageOps.expand(tile, border=(6, 6, 6, 36), fill=colour)  # left, top, right, bottom
     font = ImageFont.load_default(11)
-    ImageDraw.Draw(tile).text((8, size + 6), caption, fill="white", font=font)
+    ImageDraw.Draw(tile).text((8, TILE + 6), caption, fill="white", font=font)
     return torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255  # (3, y, x)
 
 
@@ -623,11 +623,13 @@ def draw_samples(path, samples, captions, shown):
 
     Images fill a sheet that is about square. Of videos and volumes each is a row of its slices.
     """
+    # Each sample is a row of at most eight of its slices, evenly spaced.
     rows = []
     for sample, caption in zip(samples, captions):
         slices = subsample_frames(sample, min(8, sample.shape[-1]))  # (C, H, W, up to 8)
         rows.append([draw_tile(image, caption, shown) for image in slices.unbind(-1)])
 
+    # Rows of one tile each, those of images, are put into a sheet.
     if all(len(row) == 1 for row in rows):
         tiles = [row[0] for row in rows]
         columns = max(3, math.ceil(math.sqrt(len(tiles))))

@@ -954,11 +954,12 @@ def find_in_folder(source, files, options):
 
     samples, rejected = find_samples(source, files, modality_of, options.allow_2d, options.workers)
     for sample in samples:
-        # Of a series the first file that has a row speaks for all.
-        path = next((path for path in sample.files if path in rows), None)
-        if path is None:
+        named = [path for path in sample.files if path in rows]
+        if not named:
             continue
-        row = rows[path]
+
+        # Of a series the first file that has a row speaks for all.
+        row = rows[named[0]]
         if row.modality and row.modality != sample.modality:
             raise UserError(f"{options.labels}, line {row.line}: modality of one file of a series; "
                             "name the folder of the series, or give --modality")

@@ -218,7 +218,8 @@ def make_views(x, patch_size=PATCH_SIZE, local_views=LOCAL_VIEWS_2D, generator=N
 def coding_rate(z, eps=0.5):
     """R(Z) = 1/2 logdet(I + d / eps^2 Gamma) of z (m, d), Gamma = Z^T Z / m (Sec. 3.3).
 
-    It is the nats that code a row of z up to a squared error of eps^2 (Ma et al. 2007).
+    It is in nats a row: to code all of z, up to a squared error of eps^2 a row, takes m + d times
+    as many (Ma et al. 2007).
     CHOICE: Gamma is the uncentred second moment, as in the SimDINO code; the paper has Cov. It is
     computed in float64 with autocast off: near collapse and with a small eps, fp32 depends on the
     order of summation and bf16 is NaN.
@@ -402,6 +403,7 @@ def main():
     x, shown = read_sample_to_draw(args)  # (1, C, H, W, S)
     views = make_views(x, generator=torch.Generator().manual_seed(args.seed))
 
+    # The sample comes first, then its views, each with its size.
     pictures = [x[0]]
     captions = ["the sample"]
     for number, view in enumerate(views, start=1):

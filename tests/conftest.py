@@ -8,23 +8,21 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-# One thread, here and in the processes that tests start: libraries read this when they are imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import av  # noqa: E402
-import imageio.v3 as iio  # noqa: E402
-import nibabel as nib  # noqa: E402
-import numpy as np  # noqa: E402
-import pydicom  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from pydicom.dataset import Dataset  # noqa: E402
-from pydicom.sequence import Sequence  # noqa: E402
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid  # noqa: E402
+import av
+import imageio.v3 as iio
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 import prepare  # noqa: E402
 from prepare import UserError, load_sample, read_samples  # noqa: E402

@@ -130,17 +130,6 @@ def test_search_refuses_what_has_no_answer(queries, gallery, k):
         search(np.ones(queries, np.float32), np.ones(gallery, np.float32), k)
 
 
-@pytest.mark.parametrize("b, k", [(160, 10), (512, 3), (176, 10), (512, 33), (30, 10), (5, 10)])
-def test_best_scores_are_those_of_topk(b, k):
-    """In groups, or where the row is too short or no multiple of 16; a NaN is never overlooked."""
-    scores = torch.randn(7, b, generator=torch.Generator().manual_seed(b))
-    values, indices = embed.best_scores(scores, k)
-    expected = scores.topk(min(k, b), dim=1)
-    assert torch.equal(values, expected.values) and torch.equal(indices, expected.indices)
-    scores[3, b // 2] = torch.nan
-    assert embed.best_scores(scores, k)[0][3, 0].isnan()
-
-
 def test_search_refuses_values_that_are_not_finite():
     for value in (np.nan, np.inf):
         gallery = np.ones((3, 4), np.float32)
@@ -177,7 +166,8 @@ def test_parts_are_centred_on_the_gallery_and_count_alike():
 
 def test_a_grid_is_embedded_and_searched(two_galleries, command, capsys):
     """A file finds itself, the vectors begin with those of mix, and no other gallery is comparable."""
-    command(embed, "cache/xray", "--checkpoint", two_galleries, "--pool", "grid", "--workers", "0", "--out", "g.npz")
+    command(embed, "cache/xray", "--checkpoint", two_galleries, "--pool", "grid", "--workers", "0",
+            "--out", "g.npz")
     grid, mix = read_embeddings("g.npz"), read_embeddings("xray.npz")
     parts = grid.meta["parts"]
     assert grid.meta["pool"] == "grid" and parts[2] == 16 * parts[0] and mix.meta["parts"] == parts[:2]
@@ -521,7 +511,8 @@ def test_a_sample_that_is_written_while_others_are_embedded_is_newer_than_the_fi
 def test_another_encoder_embeds_anew_and_says_so_in_one_line(cache, checkpoint, update, tmp_path):
     update(tmp_path / "e.npz", PIXELS)
     printed = update(tmp_path / "e.npz").splitlines()
-    assert len(printed) == 2 and "its encoder is missing or differs" in printed[0] and "0 kept, 24 embedded" in printed[1]
+    assert len(printed) == 2
+    assert "its encoder is missing or differs" in printed[0] and "0 kept, 24 embedded" in printed[1]
     (tmp_path / "e.npz").write_text("text")
     printed = update(tmp_path / "e.npz").splitlines()
     assert len(printed) == 2 and "no embedding file" in printed[0] and "0 kept, 24 embedded" in printed[1]

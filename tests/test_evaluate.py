@@ -758,7 +758,8 @@ def test_the_grid_holds_the_papers_pooling_too(here, command, run, paper):
     chest(here)
     checkpoint = f"runs/{run}/checkpoint.pt"
     command("--task", "chestxray14", "--checkpoint", checkpoint, "--out", "alone.json")
-    command("--task", "chestxray14", "--checkpoint", checkpoint, "--pool", paper, "grid", "--out", "both.json")
+    command("--task", "chestxray14", "--checkpoint", checkpoint, "--pool", paper, "grid",
+            "--out", "both.json")
     (alone,), (both, grid) = read_results("alone.json"), read_results("both.json")
     assert (alone["pool"], both["pool"], grid["pool"]) == (paper, paper, "grid")
     assert all(alone[key] == both[key] for key in ("R@1", "P@10", "MnR", "first_MnR"))

@@ -146,7 +146,8 @@ def test_picture_from_the_command_line(tmp_path, monkeypatch, capsys):
            "--modality", "xray"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in run])
     mae.main()
-    assert Image.open(tmp_path / "r.png").size == (3 * (192 + 12) + 2 * 4, 192 + 6 + 36)  # one row, 192 pixels a tile
+    one_row = 3 * (192 + 12) + 2 * 4, 192 + 6 + 36  # of tiles of 192 pixels
+    assert Image.open(tmp_path / "r.png").size == one_row
     assert "mean squared error" in capsys.readouterr().out
     (tmp_path / "c.pt").write_bytes(b"no")
     failed = subprocess.run([sys.executable, ROOT / run[0], *run[1:]], capture_output=True, text=True)

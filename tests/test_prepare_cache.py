@@ -401,8 +401,12 @@ def test_reading_a_cache_names_the_file_and_the_remedy(tmp_path, monkeypatch):
     kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path, "--modality", "xray")
     row, path = kept["a.png"], tmp_path / "cache/x" / f"{kept['a.png']['id']}.npy"
     assert prepare.CachedDataset([row])[0].shape == (1, 256, 256, 1)
+
+    def save_a_pickle():  # which could run code when it is read: load_sample must refuse it
+        np.save(path, np.array([{}]), allow_pickle=True)
+
     for spoil in (lambda: np.save(path, np.zeros((1, 2, 2, 1), np.uint8)), lambda: cut(path),
-                  lambda: np.save(path, np.array([{}]), allow_pickle=True), path.unlink):
+                  save_a_pickle, path.unlink):
         spoil()
         with pytest.raises(UserError, match=f"{row['id']}.*delete it and run prepare.py again"):
             load(row)
@@ -451,7 +455,8 @@ def test_exit_codes_and_one_line_on_stderr(tmp_path):
 
 
 def test_a_file_that_may_not_be_read_is_named_and_ends_nothing(tmp_path, monkeypatch):
-    png(tmp_path / "data/a.png"), png(tmp_path / "data/b.png")
+    png(tmp_path / "data/a.png")
+    png(tmp_path / "data/b.png")
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("b.png"))
     kept, rejected = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--modality", "xray")
     assert list(kept) == ["a.png"] and rejected == {"b.png": "no permission to read it"}
@@ -473,7 +478,8 @@ def test_a_table_that_gives_a_modality_to_one_slice_of_a_series_is_refused_by_li
     with pytest.raises(UserError, match="labels.csv, line 2: modality of one file of a series"):
         prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--labels", tmp_path / "labels.csv")
     (tmp_path / "labels.csv").write_text("path,labels,modality\na,x,mri\n")
-    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data", "--labels", tmp_path / "labels.csv")
+    kept, _ = prepare_main(monkeypatch, tmp_path, "folder", tmp_path / "data",
+                           "--labels", tmp_path / "labels.csv")
     assert [(row["modality"], row["labels"]) for row in kept.values()] == [("mri", ("x",))]
 
 

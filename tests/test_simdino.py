@@ -374,8 +374,10 @@ def test_picture_of_a_file_that_is_not_there_or_of_a_wrong_size(monkeypatch, tmp
 
 
 def test_picture_of_a_volume_shows_at_most_eight_of_its_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr(simdino, "parse_picture_arguments", lambda *_: Namespace(out=tmp_path / "v.png", seed=0))
-    monkeypatch.setattr(simdino, "read_sample_to_draw", lambda args: (torch.rand(1, 1, 64, 64, 32), (0.0, 1.0)))
+    args = Namespace(out=tmp_path / "v.png", seed=0)
+    sample = torch.rand(1, 1, 64, 64, 32), (0.0, 1.0)
+    monkeypatch.setattr(simdino, "parse_picture_arguments", lambda *_: args)
+    monkeypatch.setattr(simdino, "read_sample_to_draw", lambda _: sample)
     simdino.main()
     tile = 192 + 12 + 4, 192 + 6 + 36 + 4
     size = Image.open(tmp_path / "v.png").size

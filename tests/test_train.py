@@ -749,7 +749,8 @@ def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise():
     show = "import train; import os; print(os.environ.get('GOMP_SPINCOUNT'))"
     ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {key: value for key, value in os.environ.items() if key not in ours}
-    for given, spins in (({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+    cases = ({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")
+    for given, spins in cases:
         told = subprocess.run([sys.executable, "-c", show], cwd=ROOT, env=environment | given,
                               capture_output=True, text=True)
         assert told.stdout.strip() == spins
